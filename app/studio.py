@@ -1,0 +1,218 @@
+"""The one service layer: page, command line and tests all work through `Studio`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from ..pipelines.errors import InputError
+from ..pipelines.events import FINAL, CancelToken, Event
+from ..pipelines.requests import MAX_SEED, GenerateRequest, TrainingPicture, TrainRequest
+from ..training.recipe import TrainingRecipe, recipes
+from .jobs import Job, JobKind, JobState, JobStore, checkpoint_of
+from .settings import Home
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ..pipelines.picture import Restored
+    from .doctor import Check
+    from .models_list import ModelInfo
+    from .shelf import Entry, Shelf
+    from .watchdog import Watchdog
+
+__all__ = ["Job", "JobKind", "JobState", "Studio"]
+
+POLL = 0.1  # seconds between two looks at a job's events
+REAP_EVERY = 0.5
+
+
+class Studio:
+    """Everything a person can do, without a page.
+
+    Args:
+        home: Where everything is kept; the default home if None.
+        linger: Seconds an idle worker stays after the last page is gone.
+    """
+
+    def __init__(self, home: Home | None = None, linger: float = 10.0) -> None:
+        self.home = home or Home.default()
+        self.store = JobStore(self.home)
+        self._linger = linger
+        self._watchdog: Watchdog | None = None
+        self._reaped = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> Self:
+        """Start or adopt the worker, and watch over it until `close`."""
+        from .watchdog import Watchdog
+
+        if self._watchdog is None:
+            self._watchdog = Watchdog(self.store, self._linger)
+            self._watchdog.start()
+        return self
+
+    def close(self) -> None:
+        """Stop watching; a worker ends its job and then leaves on its own."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+            self._watchdog = None
+        self.store.close()
+
+    # Jobs
+
+    def submit(self, request: GenerateRequest | TrainRequest) -> Job:
+        """Check a request cheaply, complete it (seed) and queue it.
+
+        Raises:
+            IntarsiaError: The model, the recipe, its options, a picture or an adapter cannot be used.
+        """
+        return self.store.submit(self._checked(request))
+
+    def run(self, request: GenerateRequest | TrainRequest, token: CancelToken | None = None) -> Iterator[Event]:
+        """Do a job in this process, recorded in the store like any other; ends with its final event.
+
+        Raises:
+            IntarsiaError: As `submit`, before the first event.
+        """
+        from .runner import run_here
+
+        return run_here(self.store, self.shelf, self._checked(request), token or CancelToken())
+
+    def cancel(self, job_id: str) -> None:
+        """Ask a job to stop."""
+        self.store.cancel(job_id)
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a new job that goes on from the checkpoint of an old one.
+
+        Raises:
+            InputError: The job is not over, or it kept no checkpoint.
+        """
+        return self.store.submit(self._checked(self.resumed(job_id)), parent=job_id)
+
+    def resumed(self, job_id: str) -> TrainRequest:
+        """Give the request that goes on where a job stopped."""
+        job = self.job(job_id)
+        checkpoint = checkpoint_of(job)
+        if not job.finished_already:
+            raise InputError(f"Job {job_id} is still {job.state}.", "Stop it first, or wait for its end.")
+        if checkpoint is None or not isinstance(job.request, TrainRequest):
+            raise InputError(f"Job {job_id} kept no checkpoint to resume from.", "Start it again from the beginning.")
+        return job.request.model_copy(update={"resume_from": str(checkpoint)})
+
+    def job(self, job_id: str) -> Job:
+        self._reap()
+        return self.store.job(job_id)
+
+    def jobs(self, limit: int = 50, kind: JobKind | None = None, state: JobState | None = None) -> list[Job]:
+        """List jobs, newest first."""
+        self._reap()
+        return self.store.jobs(limit, kind, state)
+
+    def events(self, job_id: str, after: int = 0) -> list[tuple[int, Event]]:
+        """Give the numbered events above `after` that are there now."""
+        return self.store.events(job_id, after)
+
+    def follow(self, job_id: str, after: int = 0) -> Iterator[tuple[int, Event]]:
+        """Give a job's events from the first above `after`, waiting for more, until its final one."""
+        while True:
+            over = self.job(job_id).finished_already  # read before the events: none can come after
+            for number, event in self.events(job_id, after):
+                after = number
+                yield number, event
+                if isinstance(event, FINAL):
+                    return
+            if over:
+                return
+            time.sleep(POLL)
+
+    # What there is
+
+    @cached_property
+    def shelf(self) -> Shelf:
+        """The library of adapters."""
+        from .shelf import Shelf
+
+        return Shelf(self.home)
+
+    def import_adapter(self, path: Path, name: str | None = None, replace: bool = False) -> Entry:
+        """Check an adapter file and copy it into the library."""
+        return self.shelf.add(path, name=name, replace=replace)
+
+    def models(self) -> list[ModelInfo]:
+        """List the models that are at hand: Mini, those in the home's `models` folder, those used before."""
+        from .models_list import list_models
+
+        return list_models(self.store)
+
+    def recipes(self) -> dict[str, TrainingRecipe[Any]]:
+        return recipes()
+
+    def store_upload(self, path: Path) -> Path:
+        """Check a picture or unpack a zip of pictures, and keep a copy under the home; gives the file or folder."""
+        from .uploads import store_upload
+
+        return store_upload(self.home, path)
+
+    def pictures(self, path: Path) -> tuple[TrainingPicture, ...]:
+        """Collect the training pictures of a picture file, a folder or a zip, with captions from .txt files."""
+        from .uploads import pictures_of
+
+        return pictures_of(self.home, path)
+
+    def restore(self, path: Path) -> Restored:
+        """Read the settings a picture was made with."""
+        from ..pipelines.picture import read_settings
+
+        return read_settings(path)
+
+    def doctor(self) -> list[Check]:
+        """Look at everything the studio needs, and say what to do where something is missing."""
+        from .doctor import examine
+
+        return examine(self.home)
+
+    # Inside
+
+    def _checked(self, request: GenerateRequest | TrainRequest) -> GenerateRequest | TrainRequest:
+        from ..pipelines.sources import resolve
+
+        source = resolve(request.model)
+        if isinstance(request, GenerateRequest):
+            for use in request.adapters:
+                self.shelf.find(use.adapter)
+            if request.seed < 0:
+                request = request.model_copy(update={"seed": random.SystemRandom().randint(0, MAX_SEED)})
+            return request
+        return self._checked_training(request, source.family)
+
+    def _checked_training(self, request: TrainRequest, family: str) -> TrainRequest:
+        recipe = self.recipes().get(request.recipe)
+        if recipe is None:
+            raise InputError(f"There is no recipe {request.recipe!r}.", f"Recipes: {', '.join(self.recipes())}.")
+        if family not in recipe.families:
+            known = ", ".join(recipe.families)
+            raise InputError(f"{recipe.title} cannot train a {family} model.", f"It works with: {known}.")
+        if not request.name:
+            raise InputError("The result needs a name.", "Give one; it becomes the entry in the library.")
+        options = recipe.options.parse(request.options)
+        for picture in request.pictures:
+            if not Path(picture.path).is_file():
+                raise InputError(f"There is no picture {picture.path}.", "Choose it again.")
+        recipe.check(request.pictures, options)
+        return request.model_copy(update={"options": options.model_dump()})
+
+    def _reap(self) -> None:
+        if self._watchdog is None and time.monotonic() - self._reaped > REAP_EVERY:
+            self._reaped = time.monotonic()
+            self.store.reap()
