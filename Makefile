@@ -1,0 +1,83 @@
+# The commands a person needs. All of them set up .venv first; a second run finds it ready and adds under two seconds.
+#
+#   make studio      open the studio in the browser          (ARGS="--port 8000" passes flags on)
+#   make test        run the tests                           (ARGS="tests/unit -k layout" chooses some)
+#   make check       formatting, lint and types alone
+#   make mini        train Mini, the embedded model, anew    (ARGS="--help" lists its stages)
+#   make benchmarks  measure, and write benchmarks/results
+#   make wheel       build dist/*.whl
+#   make clean       remove .venv and everything built
+#
+# PYTHON=python3.12 chooses the interpreter. TORCH chooses another PyTorch, for example a CUDA build:
+#   make studio TORCH="torch==2.13.0+cu130 --index-url https://download.pytorch.org/whl/cu130"
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTHON ?= $(shell for name in python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+TORCH ?= $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' constraints.txt)
+ARGS ?=
+
+# What is installed follows from these contents alone, so a stamp named after them says whether it is up to date.
+KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(TORCH) $(CURDIR)'; } | cksum | tr ' ' '-')
+STUDIO := $(VENV)/.studio-$(KEY)
+TOOLS := $(VENV)/.tools-$(KEY)
+
+.PHONY: help studio test check mini benchmarks wheel clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+studio: $(STUDIO)
+	@exec $(BIN)/intarsia ui $(ARGS)
+
+test: $(TOOLS) $(VENV)/.browser
+	@exec $(BIN)/python -P -m pytest $(ARGS)
+
+check: $(TOOLS)
+	@mkdir -p .typecheck && ln -sfn .. .typecheck/intarsia
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+mini: $(TOOLS)
+	@exec $(BIN)/python -m intarsia.training.base $(ARGS)
+
+benchmarks: $(TOOLS)
+	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.train_blora
+	$(BIN)/python -m benchmarks.table --write README.md
+
+# setuptools would put stale files of an earlier build/ into the wheel
+wheel: $(TOOLS)
+	rm -rf build dist
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	rm -rf build
+
+clean:
+	rm -rf $(VENV) build dist .typecheck .pytest_cache .ruff_cache *.egg-info
+
+# PyTorch first and by itself: asked for together with the rest, pip may choose a newer one, gigabytes larger.
+$(BIN)/.torch-$(KEY):
+	@test -n "$(PYTHON)" || { echo "Intarsia needs Python 3.11 or newer; none was found. Name one: make studio PYTHON=/path/to/python3"; exit 2; }
+	@echo "Setting up $(VENV) with $(PYTHON): some minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet $(TORCH)
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@rm -f $(BIN)/.torch-* && touch $@
+
+$(STUDIO): | $(BIN)/.torch-$(KEY)
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable .
+	@rm -f $(VENV)/.studio-* && touch $@
+
+$(TOOLS): | $(BIN)/.torch-$(KEY)
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[corpus,test]"
+	@rm -f $(VENV)/.studio-* $(VENV)/.tools-* && touch $@ $(STUDIO)
+
+# The browser tests drive chromium; where the system has none, Playwright brings its own.
+$(VENV)/.browser: | $(TOOLS)
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null \
+		|| $(BIN)/python -m playwright install chromium
+	@touch $@
