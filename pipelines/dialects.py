@@ -1,0 +1,173 @@
+"""How trainers spell adapter tensors, as tables: what is read, and what is refused by name.
+
+A key is `<prefix><module spelling><suffix>`. Prefixes say the component, suffixes the part; the spelling in between
+is looked up in the model's own module list (`ModuleIndex`), so no name is ever guessed back from underscores.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["down", "up", "alpha"]
+
+# Longest first where one ends another.
+SUFFIXES: tuple[tuple[str, Part, str], ...] = (
+    (".lora_linear_layer.down.weight", "down", "diffusers, old"),
+    (".lora_linear_layer.up.weight", "up", "diffusers, old"),
+    (".lora_A.default.weight", "down", "PEFT"),
+    (".lora_B.default.weight", "up", "PEFT"),
+    (".lora_A.weight", "down", "PEFT"),
+    (".lora_B.weight", "up", "PEFT"),
+    (".lora_down.weight", "down", "kohya"),
+    (".lora_up.weight", "up", "kohya"),
+    (".lora.down.weight", "down", "diffusers, old"),
+    (".lora.up.weight", "up", "diffusers, old"),
+    ("_lora.down.weight", "down", "attention processors"),
+    ("_lora.up.weight", "up", "attention processors"),
+    (".alpha", "alpha", ""),
+)
+# (prefix, components to look in); the first prefix that fits is taken.
+PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("lora_unet_unet_", ("unet",)),  # a broken conversion writes the component twice
+    ("lora_unet_", ("unet",)),
+    ("unet_unet_", ("unet",)),
+    ("lora_te1_", ("text_encoder",)),
+    ("lora_te2_", ("text_encoder_2",)),
+    ("lora_te_", ("text_encoder",)),
+    ("unet.base_model.model.", ("unet",)),
+    ("unet.unet.", ("unet",)),
+    ("unet.", ("unet",)),
+    ("text_encoder_2.", ("text_encoder_2",)),
+    ("text_encoder.", ("text_encoder",)),
+    ("base_model.model.unet.", ("unet",)),
+    ("base_model.model.", ("unet", "text_encoder")),
+    ("diffusion_model.", ("unet",)),
+    ("lycoris_", ("unet", "text_encoder")),
+    ("", ("unet", "text_encoder")),  # bare paths
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One tensor name taken apart; `module` keeps the file's own spelling."""
+
+    components: tuple[str, ...]
+    module: str
+    part: Part
+    style: str
+
+
+def split_key(name: str) -> Key | None:
+    """Take a tensor name apart, or give None when it ends like no plain LoRA tensor."""
+    for suffix, part, style in SUFFIXES:
+        if name.endswith(suffix):
+            stem = name.removesuffix(suffix)
+            prefix, components = next(row for row in PREFIXES if stem.startswith(row[0]))
+            return Key(components, stem.removeprefix(prefix), part, style)
+    return None
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A kind of file that is recognised and refused: any tensor name that matches `pattern` is enough.
+
+    Args:
+        name: Short name for machine output, such as "loha".
+        title: Name for people.
+        pattern: Regular expression, searched in tensor names.
+        hint: What the person can do.
+    """
+
+    name: str
+    title: str
+    pattern: str
+    hint: str = "Use a plain LoRA of the same subject, or convert it with the tool that made it."
+
+
+WHOLE = "Give it as the model (--model FILE, or the Model box), not as an adapter."
+OTHER_MODEL = "It cannot work here: use an adapter made for SD 1.5, SDXL or Mini."
+
+# Order matters: the more telling marker first. Searched before plain LoRA is tried.
+ALGORITHMS: tuple[Foreign, ...] = (
+    Foreign("control-lora", "a control-LoRA (Stability)", r"^lora_controlnet$"),
+    Foreign("lora_diffusion", "a LoRA of the lora_diffusion package (cloneofsimo)", r"^(unet|text_encoder):\d+:(up|down)$",
+            "Its layers are numbered, not named; convert it with that package's lora_add command, or find a newer file."),
+    Foreign("pivotal", "a LoRA with bundled embeddings (OneTrainer)", r"^bundle_emb\.",
+            "Export it again without the embeddings."),
+    Foreign("textual-inversion", "a textual inversion embedding", r"^(emb_params|string_to_param|clip_[lg]|<[^<>]+>)$",
+            "Embeddings are not adapters; they cannot be used here."),
+    Foreign("dora", "DoRA", r"(\.dora_scale|lora_magnitude_vector|\.magnitude|\.w_magnitude)(\.|$)"),
+    Foreign("loha", "LoHa (LyCORIS)", r"(^|\.)hada_(w[12]|t[12])"),
+    Foreign("lokr", "LoKr (LyCORIS)", r"(^|\.)lokr_(w[12]|t[12])"),
+    Foreign("ia3", "(IA)\N{SUPERSCRIPT THREE}", r"\.on_input$|\.ia3_l"),
+    Foreign("boft", "BOFT", r"\.boft_(R|s)"),
+    Foreign("oft", "OFT (orthogonal finetuning)", r"\.oft_(blocks|diag|[rR])(\.|$)"),
+    Foreign("glora", "GLoRA (LyCORIS)", r"\.(a1|a2|b1|b2|bm)\.weight$"),
+    Foreign("full", "a full difference (diff)", r"\.diff(_b)?$"),
+    Foreign("norms", "a LoRA that also changes norm layers (w_norm)", r"\.[wb]_norm$"),
+    Foreign("locon-tucker", "LoCon with Tucker decomposition (lora_mid)", r"\.lora_mid\.weight$"),
+    Foreign("lora-bias", "a LoRA with bias terms (lora_B.bias)", r"\.lora_(B|up)(\.default)?\.bias$"),
+    Foreign("reshaped", "a LoRA that changes layer sizes (reshape_weight)", r"\.reshape_weight$"),
+    Foreign("vera", "VeRA", r"vera_lambda_[bd]"),
+)  # fmt: skip
+FAMILIES: tuple[Foreign, ...] = (
+    Foreign("chroma", "Chroma", r"distilled_guidance_layer", OTHER_MODEL),
+    Foreign("hunyuan-video", "HunyuanVideo", r"double_blocks.(19|[2-9]\d)[._]|single_blocks.(3[89]|[4-9]\d)[._]|token_refiner",
+            OTHER_MODEL),
+    Foreign("flux2", "FLUX.2", r"to_qkv_mlp_proj|double_stream_modulation|ff_context\.linear_in", OTHER_MODEL),
+    Foreign("flux1-control", "a FLUX.1 control adapter (Black Forest Labs)",
+            r"(double|single)_blocks\.\d+\..*(query|key)_norm\.scale", OTHER_MODEL),
+    Foreign("flux1", "FLUX.1", r"(^|[._])(double|single)_blocks[._]\d+[._]|single_transformer_blocks[._]", OTHER_MODEL),
+    Foreign("qwen-image", "Qwen-Image", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", OTHER_MODEL),
+    Foreign("sd3", "Stable Diffusion 3", r"(^|[._])joint_blocks[._]|transformer_blocks[._]\d+[._]attn[._](add_[kqv]_proj|to_add_out)",
+            OTHER_MODEL),
+    Foreign("wan", "Wan", r"(^|[._])blocks[._]\d+[._]((self|cross)_attn[._]([qkvo]|[kv]_img)|ffn[._])|^transformer\.blocks\.\d+\.attn[12]\.",
+            OTHER_MODEL),
+    Foreign("z-image", "Z-Image or Lumina 2", r"(^|[._])layers[._]\d+[._](attention[._](to_)?(qkv|q|k|v|out)|feed_forward[._]w[123])",
+            OTHER_MODEL),
+    Foreign("sd3", "Stable Diffusion 3", r"^lora_te3_|^text_encoder_3\.", OTHER_MODEL),
+    Foreign("language-model", "a language model", r"(distil)?bert|roberta|gpt_neox|llama|mistral|^base_model\.model\.(model\.layers|transformer\.(h|layer|encoder))\.|score\.(original|modules_to_save)",
+            OTHER_MODEL),
+    Foreign("ip-adapter", "an IP-Adapter", r"^(image_proj|ip_adapter)\.", OTHER_MODEL),
+    Foreign("transformer", "a transformer model that is not known here", r"^(transformer\.|lora_transformer_|diffusion_model\.(transformer_)?blocks\.)", OTHER_MODEL),
+)  # fmt: skip
+# Looked at last, when no tensor of a plain LoRA is there.
+MODELS: tuple[Foreign, ...] = (
+    Foreign("checkpoint", "a whole model", r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", WHOLE),
+    Foreign("unet", "a whole UNet", r"^((unet\.)?(down|up)_blocks\.\d+\..*|(unet\.)?conv_in)\.(weight|bias)$",
+            "Give the whole model folder as the model."),
+    Foreign("controlnet", "a ControlNet", r"controlnet|^control_model\.", OTHER_MODEL),
+    Foreign("vae", "an autoencoder (VAE)", r"^(encoder|decoder|vae)\.", "Autoencoders belong to a model folder."),
+)  # fmt: skip
+
+
+def recognise(names: Iterable[str], table: tuple[Foreign, ...]) -> Foreign | None:
+    """Give the first row of a table that any tensor name matches."""
+    known = list(names)
+    for row in table:
+        search = re.compile(row.pattern).search
+        if any(search(name) for name in known):
+            return row
+    return None
+
+
+# What trainers write into `ss_base_model_version` and `modelspec.architecture`, by how it starts.
+BASES: tuple[tuple[str, str], ...] = (
+    ("sdxl", "sdxl"), ("stable-diffusion-xl", "sdxl"),
+    ("sd_v1", "sd15"), ("sd_1", "sd15"), ("stable-diffusion-v1", "sd15"),
+    ("sd_v2", "sd2"), ("stable-diffusion-v2", "sd2"),
+    ("sd3", "sd3"), ("stable-diffusion-3", "sd3"), ("flux", "flux1"), ("chroma", "chroma"),
+)  # fmt: skip
+
+
+def claimed_family(metadata: dict[str, str]) -> str:
+    """Give the family the metadata claims, "" if none: shapes are believed before it."""
+    for key in ("intarsia.family", "ss_base_model_version", "modelspec.architecture"):
+        value = metadata.get(key, "").lower()
+        for start, family in BASES:
+            if value == family or value.startswith(start):
+                return family
+    return ""
