@@ -151,10 +151,13 @@ class JobStore:
     def claim(self, device: str, owner: str | None = None) -> Job | None:
         """Take the oldest queued job a worker of `device` may run; no two callers get the same one."""
         owner, now = owner or this_process(), time.time()
+        if not self._connection().execute("SELECT 1 FROM jobs WHERE state = 'queued' LIMIT 1").fetchall():
+            return None  # asked ten times a second: look without taking the write lock
         with self._write() as db:
             row = db.execute(
                 "UPDATE jobs SET state = 'running', device = ?1, owner = ?2, heartbeat = ?3, started = ?3"
-                " WHERE number = (SELECT number FROM jobs WHERE state = 'queued' AND device IN (?1, ?4) ORDER BY number LIMIT 1)"
+                " WHERE number = (SELECT number FROM jobs WHERE state = 'queued'"
+                " AND device IN (?1, ?4) ORDER BY number LIMIT 1)"
                 " RETURNING *",
                 (device, owner, now, ANY_DEVICE),
             ).fetchall()

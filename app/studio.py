@@ -14,6 +14,7 @@ from ..pipelines.events import FINAL, CancelToken, Event
 from ..pipelines.requests import MAX_SEED, GenerateRequest, TrainingPicture, TrainRequest
 from ..training.recipe import TrainingRecipe, recipes
 from .jobs import Job, JobKind, JobState, JobStore, checkpoint_of
+from .processes import this_process
 from .settings import Home
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from ..pipelines.picture import Restored
     from .doctor import Check
-    from .models_list import ModelInfo
+    from .model_list import ModelInfo
     from .shelf import Entry, Shelf
     from .watchdog import Watchdog
 
@@ -78,15 +79,23 @@ class Studio:
         """
         return self.store.submit(self._checked(request))
 
+    def begin(self, request: GenerateRequest | TrainRequest, parent: str = "") -> Job:
+        """Check a request and record it as a job that this process does itself, with `carry_out`."""
+        return self.store.submit(self._checked(request), owner=this_process(), parent=parent)
+
+    def carry_out(self, job: Job, token: CancelToken | None = None) -> Iterator[Event]:
+        """Do a job begun in this process; ends with its final event."""
+        from .runner import run_here
+
+        return run_here(self.store, self.shelf, job, token or CancelToken())
+
     def run(self, request: GenerateRequest | TrainRequest, token: CancelToken | None = None) -> Iterator[Event]:
         """Do a job in this process, recorded in the store like any other; ends with its final event.
 
         Raises:
             IntarsiaError: As `submit`, before the first event.
         """
-        from .runner import run_here
-
-        return run_here(self.store, self.shelf, self._checked(request), token or CancelToken())
+        return self.carry_out(self.begin(request), token)
 
     def cancel(self, job_id: str) -> None:
         """Ask a job to stop."""
@@ -151,7 +160,7 @@ class Studio:
 
     def models(self) -> list[ModelInfo]:
         """List the models that are at hand: Mini, those in the home's `models` folder, those used before."""
-        from .models_list import list_models
+        from .model_list import list_models
 
         return list_models(self.store)
 
@@ -210,7 +219,7 @@ class Studio:
             if not Path(picture.path).is_file():
                 raise InputError(f"There is no picture {picture.path}.", "Choose it again.")
         recipe.check(request.pictures, options)
-        return request.model_copy(update={"options": options.model_dump()})
+        return request.model_copy(update={"options": options.model_dump(mode="json")})
 
     def _reap(self) -> None:
         if self._watchdog is None and time.monotonic() - self._reaped > REAP_EVERY:

@@ -1,0 +1,72 @@
+"""Which models are at hand, without loading any."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..pipelines.errors import IntarsiaError
+from ..pipelines.families import FAMILIES
+from ..pipelines.sources import resolve
+from .jobs import JobStore
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model a person can choose.
+
+    Args:
+        name: What to write as `model` in a request.
+        title: For a list.
+        kind: "folder", "single_file" or "hub".
+        family: Key of FAMILIES.
+        path: Where it lies; "" for a hub model.
+        size: Bytes on disk, 0 if unknown.
+        width: The family's usual picture width in pixels (the model itself may say otherwise when loaded).
+        height: Likewise.
+    """
+
+    name: str
+    title: str
+    kind: str
+    family: str
+    path: str
+    size: int
+    width: int
+    height: int
+
+
+def describe_model(name: str) -> ModelInfo:
+    """Say what is known of a model.
+
+    Raises:
+        WeightsError: It cannot be found or is of no known family.
+    """
+    source = resolve(name)
+    family = FAMILIES[source.family]
+    path = source.path
+    width, height = family.default_size
+    title = f"{source.name} ({family.title})"
+    size = 0 if path is None else _size(path)
+    return ModelInfo(name, title, source.kind, source.family, str(path or ""), size, width, height)
+
+
+def list_models(store: JobStore) -> list[ModelInfo]:
+    """List Mini, what lies in the home's `models` folder, and what jobs used before; unusable ones are left out."""
+    folder = store.home.root / "models"
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    names = ["mini", *(str(path) for path in found if path.is_dir() or path.suffix == ".safetensors")]
+    names += [job.request.model for job in store.jobs(limit=200)]
+    models: list[ModelInfo] = []
+    for name in dict.fromkeys(names):
+        try:
+            models.append(describe_model(name))
+        except IntarsiaError:
+            continue  # moved or deleted since, or not a model: this is a list of what can be used
+    return models
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
