@@ -5,6 +5,7 @@
 #   make check       formatting, lint and types alone
 #   make mini        train Mini, the embedded model, anew    (ARGS="--help" lists its stages)
 #   make benchmarks  measure, and write benchmarks/results
+#   make readme      bring the file list and the benchmark table of README.md up to date
 #   make wheel       build dist/*.whl
 #   make clean       remove .venv and everything built
 #
@@ -24,7 +25,7 @@ KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(TORCH) $(CURDIR)'; 
 STUDIO := $(VENV)/.studio-$(KEY)
 TOOLS := $(VENV)/.tools-$(KEY)
 
-.PHONY: help studio test check mini benchmarks wheel clean
+.PHONY: help studio test check mini benchmarks readme wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -48,7 +49,10 @@ benchmarks: $(TOOLS)
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.train_blora
-	$(BIN)/python -m benchmarks.table --write README.md
+	$(BIN)/python -m benchmarks.readme
+
+readme: $(TOOLS)
+	$(BIN)/python -m benchmarks.readme
 
 # setuptools would put stale files of an earlier build/ into the wheel
 wheel: $(TOOLS)
@@ -60,19 +64,19 @@ clean:
 	rm -rf $(VENV) build dist .typecheck .pytest_cache .ruff_cache *.egg-info
 
 # PyTorch first and by itself: asked for together with the rest, pip may choose a newer one, gigabytes larger.
-$(BIN)/.torch-$(KEY):
+$(VENV)/.torch-$(KEY):
 	@test -n "$(PYTHON)" || { echo "Intarsia needs Python 3.11 or newer; none was found. Name one: make studio PYTHON=/path/to/python3"; exit 2; }
 	@echo "Setting up $(VENV) with $(PYTHON): some minutes, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) install --quiet $(TORCH)
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	@rm -f $(BIN)/.torch-* && touch $@
+	@rm -f $(VENV)/.torch-* && touch $@
 
-$(STUDIO): | $(BIN)/.torch-$(KEY)
+$(STUDIO): | $(VENV)/.torch-$(KEY)
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable .
 	@rm -f $(VENV)/.studio-* && touch $@
 
-$(TOOLS): | $(BIN)/.torch-$(KEY)
+$(TOOLS): | $(VENV)/.torch-$(KEY)
 	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[corpus,test]"
 	@rm -f $(VENV)/.studio-* $(VENV)/.tools-* && touch $@ $(STUDIO)
 

@@ -1,0 +1,92 @@
+"""Keeps the generated parts of README.md true: the benchmark table and the list of files.
+
+python -m benchmarks.readme           rewrite both parts
+python -m benchmarks.readme --check   exit 1 if the README is behind, and say where
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+from .report import load
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("app", "pipelines", "composition", "training", "kernels", "assets", "benchmarks", "tests")
+OTHERS = (
+    ("Makefile", "the commands: studio, test, check, mini, benchmarks"),
+    ("pyproject.toml", "the package: folders, dependencies, settings of the tools"),
+    ("constraints.txt", "the versions everything is tested with"),
+    (".ci/run", "what every change must pass"),
+    ("LICENSE", "Apache License 2.0"),
+    ("NOTICE", "the works Mini learned from, and their licences"),
+    ("CHANGELOG.md", "what changed"),
+)
+
+
+def table() -> str:
+    """Make the benchmark table of all result files."""
+    results = load()
+    if not results:
+        return "Not measured yet: `make benchmarks`."
+    lines = ["| What | Intarsia | plain diffusers | ratio | asked | command |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [row.markdown(f"python -m benchmarks.{name}") for name, rows, _ in results for row in rows]
+    machine = results[0][2]
+    versions = machine["versions"]
+    lines += [
+        "",
+        f"{machine['cores']} cores of {machine['processor']}, {machine['memory_gb']} GB; Python {machine['python']}, "
+        f"torch {versions['torch']}, diffusers {versions['diffusers']}. `make benchmarks` measures all of it.",
+    ]
+    return "\n".join(lines)
+
+
+def files() -> str:
+    """List every Python file with the first line of its docstring, and the few other files by hand."""
+    lines: list[str] = []
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name)):
+            source = path.read_text(encoding="utf-8")
+            if source.strip():
+                name = path.relative_to(ROOT).as_posix()
+                lines.append(f"{name:<38} {first_line(source, name)}")
+    lines += [f"{name:<38} {text}" for name, text in OTHERS]
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def first_line(source: str, name: str) -> str:
+    """Give the first sentence of a module's docstring."""
+    text = ast.get_docstring(ast.parse(source))
+    if not text:
+        raise SystemExit(f"{name} has no docstring; README.md shows its first line.")
+    sentence = " ".join(text.split("\n\n")[0].split()).split(". ")[0]
+    return sentence.removesuffix(".")
+
+
+def filled(text: str, part: str, content: str) -> str:
+    """Put `content` between the two comments that mark a part of the README."""
+    begin, end = f"<!-- {part}: made by benchmarks/readme.py -->", f"<!-- end of {part} -->"
+    head, found, rest = text.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"README.md has no part between {begin!r} and {end!r}.")
+    return f"{head}{begin}\n{content}\n{end}{tail}"
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = before
+    for part, content in (("benchmarks", table()), ("files", files())):
+        one = filled(before, part, content)
+        if one != before and "--check" in sys.argv[1:]:
+            print(f"README.md: the part {part!r} is behind; run: python -m benchmarks.readme", file=sys.stderr)
+        after = filled(after, part, content)
+    if "--check" in sys.argv[1:]:
+        raise SystemExit(after != before)
+    path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
