@@ -62,8 +62,6 @@ def examine(home: Home) -> list[Check]:
 
 def _python() -> Check:
     text = f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-    if sys.version_info < (3, 11):
-        return Check("python", "bad", text, "Install Python 3.11 or newer.")
     return Check("python", "ok", text)
 
 

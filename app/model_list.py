@@ -22,8 +22,7 @@ class ModelInfo:
         family: Key of FAMILIES.
         path: Where it lies; "" for a hub model.
         size: Bytes on disk, 0 if unknown.
-        width: The family's usual picture width in pixels (the model itself may say otherwise when loaded).
-        height: Likewise.
+        side: Width and height in pixels the model was made for.
     """
 
     name: str
@@ -32,8 +31,7 @@ class ModelInfo:
     family: str
     path: str
     size: int
-    width: int
-    height: int
+    side: int
 
 
 def describe_model(name: str) -> ModelInfo:
@@ -45,10 +43,9 @@ def describe_model(name: str) -> ModelInfo:
     source = resolve(name)
     family = FAMILIES[source.family]
     path = source.path
-    width, height = family.default_size
     title = f"{source.name} ({family.title})"
     size = 0 if path is None else _size(path)
-    return ModelInfo(name, title, source.kind, source.family, str(path or ""), size, width, height)
+    return ModelInfo(name, title, source.kind, source.family, str(path or ""), size, _side(source, family))
 
 
 def list_models(store: JobStore) -> list[ModelInfo]:
@@ -64,6 +61,19 @@ def list_models(store: JobStore) -> list[ModelInfo]:
         except IntarsiaError:
             continue  # moved or deleted since, or not a model: this is a list of what can be used
     return models
+
+
+def _side(source: ModelSource, family: Family) -> int:
+    """Read the native size from the model's own settings, as diffusers does; the family's where they are silent."""
+    settings = None if source.path is None else source.path / family.denoiser / "config.json"
+    if settings is None or not settings.is_file():
+        return family.default_size
+    vae = source.path / "vae" / "config.json" if source.path is not None else None
+    latent = json.loads(settings.read_text(encoding="utf-8")).get("sample_size")
+    if not isinstance(latent, int) or vae is None or not vae.is_file():
+        return family.default_size
+    blocks = json.loads(vae.read_text(encoding="utf-8")).get("block_out_channels", ())
+    return latent * 2 ** max(0, len(blocks) - 1)
 
 
 def _size(path: Path) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..pipelines.errors import InputError
 from ..pipelines.events import FINAL, CancelToken, Event
@@ -18,8 +18,7 @@ from .processes import this_process
 from .settings import Home
 
 if TYPE_CHECKING:
-    from typing import Any
-
+    from ..pipelines.identify import Report
     from ..pipelines.picture import Restored
     from .doctor import Check
     from .model_list import ModelInfo
@@ -164,8 +163,22 @@ class Studio:
 
         return list_models(self.store)
 
-    def recipes(self) -> dict[str, TrainingRecipe[Any]]:
+    def model(self, name: str) -> ModelInfo:
+        """Say what is known of one model."""
+        from .model_list import describe_model
+
+        return describe_model(name)
+
+    @staticmethod
+    def recipes() -> dict[str, TrainingRecipe[Any]]:
+        """Every way to train, by name."""
         return recipes()
+
+    def inspect(self, path: Path) -> Report:
+        """Identify an adapter file without adding it to the library."""
+        from ..pipelines.identify import inspect
+
+        return inspect(path)
 
     def store_upload(self, path: Path) -> Path:
         """Check a picture or unpack a zip of pictures, and keep a copy under the home; gives the file or folder."""
@@ -216,7 +229,7 @@ class Studio:
             raise InputError("The result needs a name.", "Give one; it becomes the entry in the library.")
         options = recipe.options.parse(request.options)
         for picture in request.pictures:
-            if not Path(picture.path).is_file():
+            if not Path(picture.path).exists():
                 raise InputError(f"There is no picture {picture.path}.", "Choose it again.")
         recipe.check(request.pictures, options)
         return request.model_copy(update={"options": options.model_dump(mode="json")})

@@ -1,0 +1,68 @@
+"""The command line: `intarsia` opens the page, its sub-commands do the same work without it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from . import present
+from .cli_console import Console, complain, guarded
+from .cli_lists import add_adapters, add_models, doctor
+from .cli_work import add_generate, add_train
+
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[
+    int | None, typer.Option(help="Port to listen on; 7860 or the next free one if not given.", show_default=False)
+]
+NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")]
+
+# click's own base of all usage errors; typer exports only this leaf of it
+UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="intarsia",
+    help="A studio for pictures made with adapters: train, drop in, combine. Without a command, the page opens.",
+    rich_markup_mode=None,  # plain help is printed in half the time
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def start(context: typer.Context, host: Host = "127.0.0.1", port: Port = None, no_browser: NoBrowser = False) -> None:
+    if context.invoked_subcommand is None:
+        ui(host, port, no_browser)
+
+
+@app.command()
+def ui(host: Host = "127.0.0.1", port: Port = None, no_browser: NoBrowser = False) -> None:
+    """Open the page."""
+    with guarded(Console(False)):
+        from .studio import Studio
+
+        with Studio().start() as studio:  # the worker loads while the page does
+            from .ui.page import launch
+
+            launch(studio, host=host, port=port, open_browser=not no_browser)
+
+
+add_generate(app)
+add_train(app)
+add_adapters(app)
+add_models(app)
+app.command("doctor")(doctor)
+
+
+def main() -> None:
+    """Run the command line and leave with its exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except UsageError as error:
+        hint = "See what there is with --help."
+        complain(present.Shown("input", getattr(error, "format_message", error.__str__)(), hint, present.EXIT_PERSON))
+        code = present.EXIT_PERSON
+    except (KeyboardInterrupt, typer.Abort):
+        code = present.EXIT_STOPPED
+    sys.exit(code or present.EXIT_DONE)
