@@ -166,11 +166,22 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 2816,
     },
 }
-CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-CLIP_G: dict[str, Any] = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+CLIP_L: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+}
+CLIP_G: dict[str, Any] = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+}
 TEXTS: dict[str, dict[str, tuple[dict[str, Any], bool]]] = {
     "sd15": {"text_encoder": (CLIP_L, False)},
-    "sdxl": {"text_encoder": (CLIP_L, False), "text_encoder_2": ({**CLIP_G, "projection_dim": 1280}, True)},
+    "sdxl": {"text_encoder": (CLIP_L, False), "text_encoder_2": (CLIP_G, True)},
 }
 
 

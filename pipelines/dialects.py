@@ -93,12 +93,24 @@ OTHER_MODEL = "It cannot work here: use an adapter made for SD 1.5, SDXL or Mini
 # Order matters: the more telling marker first. Searched before plain LoRA is tried.
 ALGORITHMS: tuple[Foreign, ...] = (
     Foreign("control-lora", "a control-LoRA (Stability)", r"^lora_controlnet$"),
-    Foreign("lora_diffusion", "a LoRA of the lora_diffusion package (cloneofsimo)", r"^(unet|text_encoder):\d+:(up|down)$",
-            "Its layers are numbered, not named; convert it with that package's lora_add command, or find a newer file."),
-    Foreign("pivotal", "a LoRA with bundled embeddings (OneTrainer)", r"^bundle_emb\.",
-            "Export it again without the embeddings."),
-    Foreign("textual-inversion", "a textual inversion embedding", r"^(emb_params|string_to_param|clip_[lg]|<[^<>]+>)$",
-            "Embeddings are not adapters; they cannot be used here."),
+    Foreign(
+        "lora_diffusion",
+        "a LoRA of the lora_diffusion package (cloneofsimo)",
+        r"^(unet|text_encoder):\d+:(up|down)$",
+        "Its layers are numbered, not named: find a newer version of the file, or convert it with that package.",
+    ),
+    Foreign(
+        "pivotal",
+        "a LoRA with bundled embeddings (OneTrainer)",
+        r"^bundle_emb\.",
+        "Export it again without the embeddings.",
+    ),
+    Foreign(
+        "textual-inversion",
+        "a textual inversion embedding",
+        r"^(emb_params|string_to_param|clip_[lg]|<[^<>]+>)$",
+        "Embeddings are not adapters; they cannot be used here.",
+    ),
     Foreign("dora", "DoRA", r"(\.dora_scale|lora_magnitude_vector|\.magnitude|\.w_magnitude)(\.|$)"),
     Foreign("loha", "LoHa (LyCORIS)", r"(^|\.)hada_(w[12]|t[12])"),
     Foreign("lokr", "LoKr (LyCORIS)", r"(^|\.)lokr_(w[12]|t[12])"),
@@ -112,36 +124,80 @@ ALGORITHMS: tuple[Foreign, ...] = (
     Foreign("lora-bias", "a LoRA with bias terms (lora_B.bias)", r"\.lora_(B|up)(\.default)?\.bias$"),
     Foreign("reshaped", "a LoRA that changes layer sizes (reshape_weight)", r"\.reshape_weight$"),
     Foreign("vera", "VeRA", r"vera_lambda_[bd]"),
-)  # fmt: skip
+)
 FAMILIES: tuple[Foreign, ...] = (
     Foreign("chroma", "Chroma", r"distilled_guidance_layer", OTHER_MODEL),
-    Foreign("hunyuan-video", "HunyuanVideo", r"double_blocks.(19|[2-9]\d)[._]|single_blocks.(3[89]|[4-9]\d)[._]|token_refiner",
-            OTHER_MODEL),
+    Foreign(
+        "hunyuan-video",
+        "HunyuanVideo",
+        r"double_blocks.(19|[2-9]\d)[._]|"
+        r"single_blocks.(3[89]|[4-9]\d)[._]|token_refiner",
+        OTHER_MODEL,
+    ),
     Foreign("flux2", "FLUX.2", r"to_qkv_mlp_proj|double_stream_modulation|ff_context\.linear_in", OTHER_MODEL),
-    Foreign("flux1-control", "a FLUX.1 control adapter (Black Forest Labs)",
-            r"(double|single)_blocks\.\d+\..*(query|key)_norm\.scale", OTHER_MODEL),
+    Foreign(
+        "flux1-control",
+        "a FLUX.1 control adapter (Black Forest Labs)",
+        r"(double|single)_blocks\.\d+\..*(query|key)_norm\.scale",
+        OTHER_MODEL,
+    ),
     Foreign("flux1", "FLUX.1", r"(^|[._])(double|single)_blocks[._]\d+[._]|single_transformer_blocks[._]", OTHER_MODEL),
     Foreign("qwen-image", "Qwen-Image", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", OTHER_MODEL),
-    Foreign("sd3", "Stable Diffusion 3", r"(^|[._])joint_blocks[._]|transformer_blocks[._]\d+[._]attn[._](add_[kqv]_proj|to_add_out)",
-            OTHER_MODEL),
-    Foreign("wan", "Wan", r"(^|[._])blocks[._]\d+[._]((self|cross)_attn[._]([qkvo]|[kv]_img)|ffn[._])|^transformer\.blocks\.\d+\.attn[12]\.",
-            OTHER_MODEL),
-    Foreign("z-image", "Z-Image or Lumina 2", r"(^|[._])layers[._]\d+[._](attention[._](to_)?(qkv|q|k|v|out)|feed_forward[._]w[123])",
-            OTHER_MODEL),
+    Foreign(
+        "sd3",
+        "Stable Diffusion 3",
+        r"(^|[._])joint_blocks[._]|"
+        r"transformer_blocks[._]\d+[._]attn[._](add_[kqv]_proj|to_add_out)",
+        OTHER_MODEL,
+    ),
+    Foreign(
+        "wan",
+        "Wan",
+        r"(^|[._])blocks[._]\d+[._]((self|cross)_attn[._]([qkvo]|[kv]_img)|ffn[._])|"
+        r"^transformer\.blocks\.\d+\.attn[12]\.",
+        OTHER_MODEL,
+    ),
+    Foreign(
+        "z-image",
+        "Z-Image or Lumina 2",
+        r"(^|[._])layers[._]\d+[._]"
+        r"(attention[._](to_)?(qkv|q|k|v|out)|feed_forward[._]w[123])",
+        OTHER_MODEL,
+    ),
     Foreign("sd3", "Stable Diffusion 3", r"^lora_te3_|^text_encoder_3\.", OTHER_MODEL),
-    Foreign("language-model", "a language model", r"(distil)?bert|roberta|gpt_neox|llama|mistral|^base_model\.model\.(model\.layers|transformer\.(h|layer|encoder))\.|score\.(original|modules_to_save)",
-            OTHER_MODEL),
+    Foreign(
+        "language-model",
+        "a language model",
+        r"bert|gpt_neox|llama|mistral|"
+        r"^base_model\.model\.(model\.layers|transformer\.(h|layer|encoder))\.",
+        OTHER_MODEL,
+    ),
     Foreign("ip-adapter", "an IP-Adapter", r"^(image_proj|ip_adapter)\.", OTHER_MODEL),
-    Foreign("transformer", "a transformer model that is not known here", r"^(transformer\.|lora_transformer_|diffusion_model\.(transformer_)?blocks\.)", OTHER_MODEL),
-)  # fmt: skip
+    Foreign(
+        "transformer",
+        "a transformer model that is not known here",
+        r"^(transformer\.|lora_transformer_|"
+        r"diffusion_model\.(transformer_)?blocks\.)",
+        OTHER_MODEL,
+    ),
+)
 # Looked at last, when no tensor of a plain LoRA is there.
 MODELS: tuple[Foreign, ...] = (
-    Foreign("checkpoint", "a whole model", r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.", WHOLE),
-    Foreign("unet", "a whole UNet", r"^((unet\.)?(down|up)_blocks\.\d+\..*|(unet\.)?conv_in)\.(weight|bias)$",
-            "Give the whole model folder as the model."),
+    Foreign(
+        "checkpoint",
+        "a whole model",
+        r"^(model\.diffusion_model|first_stage_model|cond_stage_model|conditioner)\.",
+        WHOLE,
+    ),
+    Foreign(
+        "unet",
+        "a whole UNet",
+        r"^((unet\.)?(down|up)_blocks\.\d+\..*|(unet\.)?conv_in)\.(weight|bias)$",
+        "Give the whole model folder as the model.",
+    ),
     Foreign("controlnet", "a ControlNet", r"controlnet|^control_model\.", OTHER_MODEL),
     Foreign("vae", "an autoencoder (VAE)", r"^(encoder|decoder|vae)\.", "Autoencoders belong to a model folder."),
-)  # fmt: skip
+)
 
 
 def recognise(names: Iterable[str], table: tuple[Foreign, ...]) -> Foreign | None:

@@ -212,14 +212,28 @@ def _check_buffer(path: Path, tensors: Mapping[str, TensorInfo], length: int) ->
         raise AdapterError(f"{path.name} has {length - at:,} bytes after its last tensor.", "Download it again.")
 
 
-def first_not_finite(header: Header) -> str | None:
-    """Name the first tensor, in file order, that holds NaN or infinity."""
+@dataclass(frozen=True)
+class Scan:
+    """What the values of a file are like: the first tensor with NaN or infinity, and the tensors that are all zero."""
+
+    not_finite: str | None
+    zeros: frozenset[str]
+
+
+def scan(header: Header) -> Scan:
+    """Look at every value once, in file order, a piece at a time."""
+    zeros: set[str] = set()
     for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
-        if info.dtype in ("F16", "BF16", "F32", "F64"):
-            for chunk in header.chunks(name):
-                if not np.isfinite(chunk).all():
-                    return name
-    return None
+        if info.dtype not in READABLE:
+            continue
+        zero = True
+        for chunk in header.chunks(name):
+            if not np.isfinite(chunk).all():
+                return Scan(name, frozenset())
+            zero = zero and not chunk.any()
+        if zero:
+            zeros.add(name)
+    return Scan(None, frozenset(zeros))
 
 
 def hashes(header: Header) -> tuple[str, str]:

@@ -1,0 +1,265 @@
+"""Hang low-rank branches on a model and take them off again, leaving no trace.
+
+A branch adds `weight * scale * up(down(x))` to the output of its layer through a forward hook: no weight is touched,
+so detaching restores the model exactly, and the weights of several adapters can change between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
+
+from .adapter_types import AdapterFile, LowRank
+from .errors import AdapterError
+
+Target = nn.Linear | nn.Conv2d
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """One adapter to hang on a model, at one weight, under a name of its own."""
+
+    name: str
+    adapter: AdapterFile
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Matched:
+    """How much of an adapter found its place; all of it, or attaching has failed."""
+
+    matched: int
+    modules: int
+
+    def __str__(self) -> str:
+        return f"{self.matched} of {self.modules} modules matched"
+
+
+class _Site:
+    """One layer of the model with the branches of every adapter that touches it."""
+
+    def __init__(self, module: Target) -> None:
+        self.module = module
+        self.branches: dict[str, LowRank] = {}
+        self._key: tuple[object, ...] = ()
+        self._ready: tuple[Tensor, Tensor] | None = None
+
+    def reset(self) -> None:
+        """Forget the prepared factors: names or weights have changed."""
+        self._key = ()
+
+    def factors(self, strengths: Mapping[str, float], like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Give down and up of all active branches side by side, in the layer's dtype, the strength folded into up.
+
+        Returns:
+            `(ranks, in, ...)` and `(out, ranks, ...)`, or None if no branch is active here.
+        """
+        key = (like.device, like.dtype)
+        if key != self._key:
+            active = [(layer, strengths[name]) for name, layer in self.branches.items() if strengths.get(name)]
+            self._ready = None
+            if active:
+                down = torch.cat([layer.down.to(like.device) for layer, _ in active])
+                up = torch.cat([layer.up.to(like.device) * (weight * layer.scale) for layer, weight in active], dim=1)
+                self._ready = down.to(like.dtype), up.to(like.dtype)
+            self._key = key
+        return self._ready
+
+    def delta(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Run the branch on the layer's input; a convolution's stride, padding and dilation are those of its layer."""
+        if isinstance(self.module, nn.Linear):
+            return F.linear(F.linear(x, down), up)
+        conv = self.module
+        if conv.padding_mode != "zeros" and isinstance(conv.padding, tuple):
+            x = F.pad(x, [side for size in reversed(conv.padding) for side in (size, size)], mode=conv.padding_mode)
+            return F.conv2d(F.conv2d(x, down, None, conv.stride, 0, conv.dilation), up)
+        return F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation), up)
+
+
+class Branches:
+    """The adapters that hang on a model: which are active, and how strongly.
+
+    Args:
+        sites: Every touched layer.
+        weights: Weight by adapter name.
+        matched: What matched, by adapter name.
+    """
+
+    def __init__(self, sites: Sequence[_Site], weights: Mapping[str, float], matched: Mapping[str, Matched]) -> None:
+        self._sites = sites
+        self._weights = dict(weights)
+        self._active = frozenset(weights)
+        self._strengths = dict(weights)
+        self.matched = MappingProxyType(dict(matched))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._weights)
+
+    @property
+    def active(self) -> frozenset[str]:
+        return self._active
+
+    def activate(self, names: Iterable[str]) -> None:
+        """Let only these adapters act, at their weights."""
+        wanted = frozenset(names)
+        self._known(wanted)
+        self._active = wanted
+        self._refresh()
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        return MappingProxyType(self._weights)
+
+    @weights.setter
+    def weights(self, values: Mapping[str, float]) -> None:
+        """Set the weights of some adapters; the others keep theirs."""
+        self._known(values)
+        _check_weights(values)
+        self._weights.update(values)
+        self._refresh()
+
+    def hook(self, site: _Site, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Add the active branches of one layer to its output."""
+        x = args[0]
+        factors = site.factors(self._strengths, output)
+        if factors is None:
+            return output
+        return output + site.delta(x.to(output.dtype), *factors)
+
+    def _known(self, names: Iterable[str]) -> None:
+        unknown = sorted(set(names) - set(self._weights))
+        if unknown:
+            raise AdapterError(f"No adapter called {unknown[0]} is attached.", f"Attached: {', '.join(self.names)}.")
+
+    def _refresh(self) -> None:
+        strengths = {name: weight for name, weight in self._weights.items() if name in self._active}
+        if strengths != self._strengths:
+            self._strengths = strengths
+            for site in self._sites:
+                site.reset()
+
+
+@contextmanager
+def attached(components: Mapping[str, nn.Module], attachments: Sequence[Attachment]) -> Generator[Branches]:
+    """Hang adapters on a model for the length of a `with` block.
+
+    Every layer must exist and every shape must fit before anything is touched; on leaving, also by an exception, no
+    hook is left.
+
+    Args:
+        components: The model's parts by name: `unet`, `text_encoder`, `text_encoder_2`.
+        attachments: The adapters; names must differ. None is fine.
+
+    Raises:
+        AdapterError: An adapter does not fit (with counts and the first three names), or two share a name.
+    """
+    _check_weights({attachment.name: attachment.weight for attachment in attachments})
+    sites: dict[int, _Site] = {}
+    matched: dict[str, Matched] = {}
+    for attachment in attachments:
+        if attachment.name in matched:
+            raise AdapterError(f"{attachment.name} is attached twice.", "Give it once, with the sum of the weights.")
+        found = _targets(components, attachment)
+        for name, module in found.items():
+            site = sites.setdefault(id(module), _Site(module))
+            site.branches[attachment.name] = _shaped(attachment.adapter.layers[name], module)
+        matched[attachment.name] = Matched(len(found), len(attachment.adapter.layers))
+    weights = {attachment.name: attachment.weight for attachment in attachments}
+    branches = Branches(tuple(sites.values()), weights, matched)
+    handles: list[RemovableHandle] = []
+    try:
+        for site in sites.values():
+            handles.append(site.module.register_forward_hook(_hook(branches, site)))
+        yield branches
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(branches: Branches, site: _Site):  # noqa: ANN202 - torch's own hook type is a bare callable
+    def run(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return branches.hook(site, args, output)
+
+    return run
+
+
+def _check_weights(weights: Mapping[str, float]) -> None:
+    for name, weight in weights.items():
+        if not isfinite(weight):
+            raise AdapterError(f"The weight of {name} is {weight}.", "Give a number, such as 0.8.")
+
+
+def _targets(components: Mapping[str, nn.Module], attachment: Attachment) -> dict[str, Target]:
+    """Find every layer of an adapter in the model, or refuse the adapter as a whole."""
+    found: dict[str, Target] = {}
+    wrong: list[str] = []
+    for name, layer in attachment.adapter.layers.items():
+        module = _module(components, name)
+        if module is None:
+            wrong.append(f"no module {name}")
+        elif not isinstance(module, nn.Linear | nn.Conv2d):
+            wrong.append(f"{name} is a {type(module).__name__}")
+        elif problem := _problem(layer, module):
+            wrong.append(f"{name}: {problem}")
+        else:
+            found[name] = module
+    if wrong or not found:
+        total = len(attachment.adapter.layers)
+        raise AdapterError(
+            f"{attachment.name} fits {len(found)} of {total} modules of this model, so it was not attached. "
+            f"First: {'; '.join(wrong[:3]) or 'it has no layers'}.",
+            f"It was made for {attachment.adapter.metadata.get('intarsia.base') or attachment.adapter.family}.",
+        )
+    return found
+
+
+def _module(components: Mapping[str, nn.Module], name: str) -> nn.Module | None:
+    component, _, path = name.partition(".")
+    root = components.get(component)
+    if not isinstance(root, nn.Module):
+        return None
+    for candidate in (path, path.removeprefix("text_model.")):  # which transformers 5 leaves out of some models
+        try:
+            return root.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None
+
+
+def _shaped(layer: LowRank, module: Target) -> LowRank:
+    """Give the factors the number of dimensions their layer has (a 1x1 convolution may be stored flat)."""
+    down, up = layer.down, layer.up
+    if isinstance(module, nn.Linear):
+        down, up = down.reshape(down.shape[:2]), up.reshape(up.shape[:2])
+    else:
+        down = down[:, :, None, None] if down.ndim == 2 else down
+        up = up[:, :, None, None] if up.ndim == 2 else up
+    return LowRank(down, up, layer.alpha)
+
+
+def _problem(layer: LowRank, module: Target) -> str | None:
+    kernel = (1, 1) if isinstance(module, nn.Linear) else module.kernel_size
+    if isinstance(module, nn.Conv2d) and module.groups != 1:
+        return "a grouped convolution cannot be adapted"
+    wanted = ("r", module.weight.shape[1], *kernel)
+    has = ("r", *layer.down.shape[1:], *((1, 1) if layer.down.ndim == 2 else ()))
+    if has != wanted:
+        return f"down expected {_show(wanted)} but has {_show(has)}"
+    out = module.weight.shape[0]
+    if tuple(layer.up.shape) not in ((out, layer.rank), (out, layer.rank, 1, 1)):
+        return f"up expected {_show((out, layer.rank))} but has {_show(tuple(layer.up.shape))}"
+    return None
+
+
+def _show(shape: tuple[object, ...]) -> str:
+    shown = shape[:2] if shape[2:] == (1, 1) else shape
+    return "(" + ", ".join(str(size) for size in shown) + ")"

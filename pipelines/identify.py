@@ -1,0 +1,328 @@
+"""Say what a dropped adapter file is: family, algorithm, rank, role, trigger words; or what it is not, by name.
+
+Evidence in this order: tensor names and shapes, then metadata, never the file name. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from .adapter_types import Role
+from .architectures import ModuleIndex, Shape, reference
+from .dialects import ALGORITHMS, FAMILIES, MODELS, Foreign, claimed_family, recognise
+from .errors import AdapterError
+from .headers import Header, hashes, read_header, scan
+from .layers import Collected, alphas, collect, flat, misfits, shape_of
+
+Confidence = Literal["certain", "likely", "guess"]
+KNOWN = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+# B-LoRA: the SDXL attention blocks that hold content and style (arXiv:2403.14572).
+HALVES: dict[Role, str] = {"content": "unet.up_blocks.0.attentions.0.", "style": "unet.up_blocks.0.attentions.1."}
+SD2_WIDTH = 1024  # of its text encoder; SD 1.x has 768
+CONVERT_PLAIN = "Use a plain LoRA made for SD 1.5, SDXL or Mini."
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of an adapter file.
+
+    Args:
+        path: The file.
+        family: Key of FAMILIES or the name of a foreign family; "" if unknown.
+        algorithm: "lora", "locon" (with convolutions), or the name of a foreign algorithm; "" if unknown.
+        refusal: One sentence if the file cannot be used, else "".
+        hint: What to do about a refusal.
+        rank: The most common rank; 0 if there are no layers.
+        ranks: How many layers have which rank.
+        alpha: Smallest and largest alpha.
+        modules: Layers in the file.
+        matched: Of them, those whose module exists in the model and has the right shape.
+        unmatched: Layers without a module, as the file spells them.
+        misfits: Layers of another shape than their module, in words.
+        dialect: How the names are spelled.
+        trigger: Words the prompt should hold, "" if none are known.
+        triggers: More words from the captions, most frequent first.
+        base: Name of the model it was made for, "" if the file does not say.
+        base_hash: Its hash as other tools write it.
+        role: What it depicts.
+        halves: B-LoRA halves it can be cut into.
+        sha256: Of the file. `tensor_sha256`: of the tensors alone.
+        confidence: How sure the family is; `reason` says from what.
+        warnings: What a person should know before using it.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    tensor_sha256: str
+    metadata: Mapping[str, str]
+    family: str = ""
+    algorithm: str = ""
+    refusal: str = ""
+    hint: str = ""
+    rank: int = 0
+    ranks: Mapping[int, int] = field(default_factory=dict[int, int])
+    alpha: tuple[float, float] = (0.0, 0.0)
+    dtypes: tuple[str, ...] = ()
+    modules: int = 0
+    matched: int = 0
+    unmatched: tuple[str, ...] = ()
+    misfits: tuple[str, ...] = ()
+    components: Mapping[str, int] = field(default_factory=dict[str, int])
+    dialect: str = ""
+    trigger: str = ""
+    triggers: tuple[str, ...] = ()
+    base: str = ""
+    base_hash: str = ""
+    role: Role = "concept"
+    halves: tuple[Role, ...] = ()
+    confidence: Confidence = "guess"
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+
+    def require_usable(self) -> None:
+        """Raise the refusal as an AdapterError, if there is one."""
+        if self.refusal:
+            raise AdapterError(self.refusal, self.hint)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the raw metadata, for JSON."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metadata"}
+        return {**values, "path": str(self.path), "ranks": {str(rank): n for rank, n in self.ranks.items()}}
+
+
+def inspect(path: Path, shapes: Mapping[str, Shape] | None = None) -> Report:
+    """Read a file's header and values and say what it is.
+
+    Args:
+        path: A .safetensors file.
+        shapes: The weights of the model it is meant for (`sources.unet_shapes`); without it, the real SD 1.5 and SDXL
+            are the yardstick.
+
+    Raises:
+        AdapterError: The file is no sound safetensors file; what is sound but not usable has a `refusal` instead.
+    """
+    header = read_header(path)
+    whole, buffer = hashes(header)
+    dtypes = tuple(sorted({info.dtype for info in header.tensors.values()}))
+    trigger, triggers = trigger_words(header.metadata)
+    bare = Report(
+        path=path,
+        size=header.size,
+        sha256=whole,
+        tensor_sha256=buffer,
+        metadata=header.metadata,
+        dtypes=dtypes,
+        trigger=trigger,
+        triggers=triggers,
+        base=_text(header.metadata, "intarsia.base", "ss_sd_model_name", "ss_base_model_version"),
+        base_hash=_text(header.metadata, "ss_new_sd_model_hash", "ss_sd_model_hash"),
+    )
+    foreign = _foreign(bare, header)
+    if foreign:
+        return foreign
+    return _plain_lora(bare, header, shapes)
+
+
+def _foreign(bare: Report, header: Header) -> Report | None:
+    """Recognise what is refused: other algorithms, other families, things that are no adapters."""
+    name = bare.path.name
+    names = header.tensors
+    if not names:
+        return replace(bare, refusal=f"{name} holds no tensors.", hint="Download it again.")
+    algorithm, family = recognise(names, ALGORITHMS), recognise(names, FAMILIES)
+    if algorithm:
+        where = f" for {family.title}" if family else ""
+        known = family.name if family else _named_family(header)
+        text = f"{name} is {algorithm.title}{where}; it cannot be used here."
+        return replace(bare, family=known, algorithm=algorithm.name, refusal=text, hint=algorithm.hint)
+    if family:
+        text = f"{name} is an adapter for {family.title}; it cannot be used here."
+        algorithm_name = "lora" if any("lora" in key for key in names) else ""
+        return replace(bare, family=family.name, algorithm=algorithm_name, refusal=text, hint=family.hint)
+    model: Foreign | None = None if any("lora" in key for key in names) else recognise(names, MODELS)
+    if model:
+        return replace(bare, algorithm=model.name, refusal=f"{name} is {model.title}, not an adapter.", hint=model.hint)
+    return None
+
+
+def _named_family(header: Header) -> str:
+    """A foreign algorithm on a known model: tell the family by module names alone."""
+    for marker, family in (("lora_te2_", "sdxl"), ("text_encoder_2.", "sdxl"), ("put_blocks_", "sdxl")):
+        if any(marker in name for name in header.tensors):
+            return family
+    return claimed_family(dict(header.metadata))
+
+
+def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None) -> Report:
+    index = ModuleIndex(shapes) if shapes is not None else None
+    family, confidence, reason, note = choose_family(header, index)
+    yardstick = index or reference(family or "sdxl")
+    found = collect(header, yardstick)
+    if found.strange or found.incomplete or not found.modules:
+        return replace(bare, family=family, **_broken(bare.path.name, found))
+    wrong = misfits(header, found, yardstick)
+    values, warnings = alphas(header, found)
+    ranks = Counter(shape_of(header, names.down)[0] for names in found.layers.values())
+    report = replace(
+        bare,
+        family=family,
+        algorithm="locon" if any(len(flat(shape_of(header, n.down))) == 4 for n in found.layers.values()) else "lora",
+        rank=ranks.most_common(1)[0][0] if ranks else 0,
+        ranks=dict(sorted(ranks.items())),
+        alpha=(min(values.values(), default=0.0), max(values.values(), default=0.0)),
+        modules=found.modules,
+        matched=len(found.layers) - len(wrong),
+        unmatched=tuple(found.unmatched),
+        misfits=tuple(wrong),
+        components=dict(Counter(path.split(".", 1)[0] for path in found.layers)),
+        dialect=", ".join(sorted(found.styles)),
+        halves=find_halves(family, found),
+        confidence=confidence,
+        reason=reason,
+        warnings=tuple(warnings + note),
+    )
+    report = replace(report, role=find_role(report))
+    return _judge(report, header, found, values, index)
+
+
+def _broken(name: str, found: Collected) -> dict[str, str]:
+    if not found.modules and not found.incomplete:
+        return {"refusal": f"{name} holds no adapter layers that are known here.", "hint": CONVERT_PLAIN}
+    odd = found.strange or found.incomplete
+    what = "tensors that are no part of a plain LoRA" if found.strange else "layers with only one of down and up"
+    return {"refusal": f"{name} holds {len(odd)} {what}: {_first(odd)}.", "hint": CONVERT_PLAIN}
+
+
+def _judge(
+    report: Report, header: Header, found: Collected, values: Mapping[str, float], index: ModuleIndex | None
+) -> Report:
+    """Look at the values, and decide whether what was found can be used."""
+    name, warnings = report.path.name, list(report.warnings)
+    seen = scan(header)
+    if seen.not_finite:
+        text = f"{name} holds NaN or infinity, first in {seen.not_finite}."
+        return replace(report, refusal=text, hint="Its training failed; use another file or an earlier checkpoint.")
+    dead = (names.up in seen.zeros or names.down in seen.zeros or not values[p] for p, names in found.layers.items())
+    if found.layers and all(dead):
+        warnings.append("This adapter does nothing: every layer's change is zero.")
+    if index is None and report.base and report.misfits and not report.matched:
+        warnings.append(f"Made for {report.base}; its layers do not have the widths of {KNOWN[report.family]}.")
+    report = replace(report, warnings=tuple(warnings))
+    if index is not None and report.matched < report.modules:
+        return replace(report, refusal=misfit_sentence(report), hint=f"It was made for {_made_for(report)}.")
+    if _is_sd2(header, found):
+        return replace(
+            report,
+            family="sd2",
+            refusal=f"{name} is an adapter for Stable Diffusion 2; it cannot be used here.",
+            hint="Use an adapter made for SD 1.5, SDXL or Mini.",
+        )
+    if not found.layers:
+        text = f"{name}: 0 of {report.modules} layers are known in SD 1.5 or SDXL: {_first(report.unmatched)}."
+        return replace(report, family="", refusal=text, hint=CONVERT_PLAIN)
+    if report.unmatched:
+        some = f"{len(report.unmatched)} of {report.modules} layers are not in {KNOWN[report.family]}"
+        report = replace(report, warnings=(*report.warnings, f"{some}: {_first(report.unmatched)}."))
+    return report
+
+
+def misfit_sentence(report: Report) -> str:
+    """Say with counts and the first three names why a file does not fit a model."""
+    first = _first([*report.misfits, *(f"no module {name}" for name in report.unmatched)])
+    return f"{report.path.name} fits {report.matched} of {report.modules} modules of this model. First: {first}."
+
+
+def _made_for(report: Report) -> str:
+    return report.base or KNOWN.get(report.family, "another model")
+
+
+def _first(names: tuple[str, ...] | list[str]) -> str:
+    return "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
+
+
+def choose_family(header: Header, index: ModuleIndex | None) -> tuple[str, Confidence, str, list[str]]:
+    """Tell the family: family, how sure, from what, and warnings.
+
+    Shapes decide; where they fit several or none, names; then what the file claims.
+    """
+    if index is not None:
+        found = collect(header, index)
+        if found.layers and not found.unmatched and not misfits(header, found, index) and index.family:
+            return index.family, "certain", f"all {found.modules} layers fit the model", []
+    claim = claimed_family(dict(header.metadata))
+    scores = {family: _score(header, reference(family)) for family in KNOWN}
+    best = max(scores.values())
+    if best == (0, 0):
+        return "", "guess", "no layer is known", []
+    leading = [family for family in KNOWN if scores[family] == best]
+    note = [f"The file claims to be for {claim}; its tensors say {leading[0]}."]
+    if len(leading) == 1:
+        what = f"shapes of {best[0]} layers" if best[0] else f"names of {best[1]} layers"
+        confidence: Confidence = "certain" if best[0] else "likely"
+        return leading[0], confidence, what, note if claim and claim != leading[0] else []
+    if claim in leading:
+        return claim, "likely", "what the file says of itself; the layers exist in several families", []
+    if any(name.startswith(("lora_te1_", "lora_te2_", "text_encoder_2.")) for name in header.tensors):
+        return "sdxl", "likely", "the names of its text encoder layers", []
+    return leading[0], "guess", "its layers exist in several families", ["It may be for SD 1.5 or for SDXL."]
+
+
+def _score(header: Header, index: ModuleIndex) -> tuple[int, int]:
+    found = collect(header, index)
+    return len(found.layers) - len(misfits(header, found, index)), len(found.layers)
+
+
+def _is_sd2(header: Header, found: Collected) -> bool:
+    cross = [names for path, names in found.layers.items() if path.endswith(("attn2.to_k", "attn2.to_v"))]
+    return bool(cross) and all(shape_of(header, names.down)[1:2] == (SD2_WIDTH,) for names in cross)
+
+
+def find_halves(family: str, found: Collected) -> tuple[Role, ...]:
+    """Give the B-LoRA halves of a file whose layers all lie in the content and style blocks, else nothing."""
+    prefixes = tuple(HALVES.values())
+    if family != "sdxl" or found.unmatched or not all(path.startswith(prefixes) for path in found.layers):
+        return ()
+    return tuple(role for role, prefix in HALVES.items() if any(path.startswith(prefix) for path in found.layers))
+
+
+def find_role(report: Report) -> Role:
+    """One half says its role by its block; otherwise the file may say it."""
+    if len(report.halves) == 1:
+        return report.halves[0]
+    said = report.metadata.get("intarsia.role", "")
+    return said if said in ("content", "style", "concept") else "concept"
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
+    """Give the trigger phrase, and up to eight frequent words of the training captions."""
+    said = _text(metadata, "intarsia.trigger", "modelspec.trigger_phrase")
+    counts: Counter[str] = Counter()
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+    except (ValueError, RecursionError):
+        folders = {}
+    for tags in cast(dict[str, Any], folders).values() if isinstance(folders, dict) else ():
+        for tag, count in cast(dict[str, Any], tags).items() if isinstance(tags, dict) else ():
+            if type(count) is int and tag.strip():
+                counts[_clean(tag.strip(), 100)] += count
+    frequent = tuple(tag for tag, _ in counts.most_common(8))
+    return said or (frequent[0] if frequent else ""), frequent
+
+
+def _text(metadata: Mapping[str, str], *keys: str) -> str:
+    """The first of some metadata texts that says something ("None" is a common way of saying nothing)."""
+    for key in keys:
+        value = _clean(metadata.get(key, "").strip(), 300)
+        if value and value != "None":
+            return value
+    return ""
+
+
+def _clean(text: str, limit: int) -> str:
+    return "".join(letter for letter in text[:limit] if letter.isprintable())

@@ -1,0 +1,246 @@
+"""Pair the tensors of an adapter file into layers of a model, check every shape, and find each layer's alpha."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard, cast
+
+from .architectures import ModuleIndex, Shape, canonical
+from .dialects import split_key
+from .errors import AdapterError
+from .headers import Header
+
+PEFT_KEY = "lora_adapter_metadata"
+MAX_RANK = 65_536
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Which tensors of the file make up one layer."""
+
+    down: str
+    up: str
+    alpha: str | None
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The layers of a file by canonical path.
+
+    Args:
+        layers: Those whose module exists in the model (or that a file names plainly, see `collect`).
+        unmatched: Spellings, as in the file, of modules the model does not have.
+        strange: Tensor names that end like no plain LoRA tensor.
+        incomplete: Modules with only one of down and up.
+        styles: The dialects that occur.
+    """
+
+    layers: dict[str, LayerNames] = field(default_factory=dict[str, LayerNames])
+    unmatched: list[str] = field(default_factory=list[str])
+    strange: list[str] = field(default_factory=list[str])
+    incomplete: list[str] = field(default_factory=list[str])
+    styles: set[str] = field(default_factory=set[str])
+
+    @property
+    def modules(self) -> int:
+        return len(self.layers) + len(self.unmatched)
+
+
+def collect(header: Header, index: ModuleIndex, plain: bool = False) -> Collected:
+    """Pair a file's tensors and look their modules up.
+
+    Args:
+        header: Of the file.
+        index: The model's modules.
+        plain: Also take modules the index lacks, if the file names component and path with dots; for reading a file
+            without its model at hand, which is checked again when it is attached.
+
+    Raises:
+        AdapterError: Two spellings of the file name the same layer.
+    """
+    found = Collected()
+    groups: dict[tuple[tuple[str, ...], str], dict[str, str]] = {}
+    for name in header.tensors:
+        key = split_key(name)
+        if key is None:
+            found.strange.append(name)
+            continue
+        if key.style:
+            found.styles.add(key.style)
+        groups.setdefault((key.components, key.module), {})[key.part] = name
+    for (components, module), parts in groups.items():
+        if "down" not in parts or "up" not in parts:
+            found.incomplete.append(module)
+            continue
+        path = find_module(index, components, module) or (plain_path(components, module) if plain else None)
+        if path is None:
+            found.unmatched.append(module)
+        elif path in found.layers:
+            raise AdapterError(f"{header.path.name} holds the layer {path} twice, in two spellings.")
+        else:
+            found.layers[path] = LayerNames(parts["down"], parts["up"], parts.get("alpha"))
+    return found
+
+
+def find_module(index: ModuleIndex, components: tuple[str, ...], module: str) -> str | None:
+    """Look a spelling up in each component it may belong to."""
+    return next((path for name in components if (path := index.find(name, module))), None)
+
+
+def plain_path(components: tuple[str, ...], module: str) -> str | None:
+    """Give the path of a module that is spelled with dots under one component, so that no list is needed to read it."""
+    return canonical(f"{components[0]}.{module}") if len(components) == 1 and "." in module else None
+
+
+def flat(shape: Shape) -> Shape:
+    """A 1x1 convolution is a linear layer: leave the two ones out."""
+    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
+
+
+def shape_of(header: Header, name: str) -> Shape:
+    return header.tensors[name].shape
+
+
+def misfit(header: Header, path: str, names: LayerNames, target: Shape | None) -> str | None:
+    """Say in words why a layer's factors do not fit together or onto their module, or give None.
+
+    Args:
+        target: The module's weight shape, `(out, in)` or `(out, in, kernel, kernel)`; None checks the pair only.
+    """
+    down, up = flat(shape_of(header, names.down)), flat(shape_of(header, names.up))
+    if len(down) not in (2, 4) or len(up) != 2 or 0 in down + up:
+        return f"{path}: down {_show(down)} and up {_show(up)} are no low-rank factors"
+    rank = down[0]
+    if up[1] != rank:
+        return f"{path}: down has rank {rank}, up has rank {up[1]}"
+    if target is None:
+        return None
+    wanted_down, wanted_up = flat(target)[1:], target[0]
+    if down[1:] != wanted_down:
+        return f"{path}: down expected {_show(('r', *wanted_down))} but has {_show(('r', *down[1:]))}"
+    if up[0] != wanted_up:
+        return f"{path}: up expected {_show((wanted_up, 'r'))} but has {_show((up[0], 'r'))}"
+    return None
+
+
+def _show(shape: tuple[int | str, ...]) -> str:
+    return "(" + ", ".join(str(size) for size in shape) + ")"
+
+
+def misfits(header: Header, found: Collected, index: ModuleIndex) -> list[str]:
+    """List what does not fit, layer by layer, in words."""
+    words = (misfit(header, path, names, index.shapes.get(path)) for path, names in found.layers.items())
+    return [text for text in words if text]
+
+
+@dataclass(frozen=True)
+class PeftScale:
+    """What is believed of an untrusted PEFT configuration: numbers only, never a list of modules to touch."""
+
+    r: int
+    alpha: float
+    rank_pattern: Mapping[str, float]
+    alpha_pattern: Mapping[str, float]
+    rank_stabilised: bool
+
+
+def peft_scales(metadata: Mapping[str, str]) -> tuple[dict[str, PeftScale], list[str]]:
+    """Read `r`, `lora_alpha`, `rank_pattern`, `alpha_pattern` (and `use_rslora`) per component from the header text.
+
+    Returns:
+        Scales by component, and warnings about what was ignored.
+    """
+    raw = metadata.get(PEFT_KEY)
+    if raw is None:
+        return {}, []
+    try:
+        parsed = json.loads(raw)
+    except (ValueError, RecursionError):
+        parsed = None
+    if not isinstance(parsed, dict):
+        return {}, [f"{PEFT_KEY} in the file cannot be read and was ignored: every layer gets alpha = rank."]
+    values = cast(dict[str, Any], parsed)
+    scales: dict[str, PeftScale] = {}
+    warnings: list[str] = []
+    for component in ("unet", "text_encoder", "text_encoder_2", "transformer"):
+        prefix = component + "."
+        mine = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        if not mine:
+            continue
+        scale = _peft_scale(mine)
+        if scale is None:
+            warnings.append(f"{PEFT_KEY} for {component} is malformed and was ignored: alpha = rank.")
+        else:
+            scales[component] = scale
+    return scales, warnings
+
+
+def _peft_scale(values: Mapping[str, Any]) -> PeftScale | None:
+    r, alpha = values.get("r"), values.get("lora_alpha")
+    ranks, alphas = _pattern(values.get("rank_pattern")), _pattern(values.get("alpha_pattern"))
+    if not _number(r) or not _number(alpha) or not 1 <= r <= MAX_RANK or ranks is None or alphas is None:
+        return None
+    return PeftScale(int(r), float(alpha), ranks, alphas, values.get("use_rslora") is True)
+
+
+def _number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _pattern(value: object) -> dict[str, float] | None:
+    """PEFT's patterns are regular expressions; only plain module paths are taken from a stranger's file."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        return None
+    pairs = cast(dict[str, Any], value)
+    if not all(_number(number) for number in pairs.values()):
+        return None
+    return {key.removeprefix("^").replace("\\.", "."): float(number) for key, number in pairs.items()}
+
+
+def _by_pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
+    inner = path.split(".", 1)[1]
+    for key, number in pattern.items():
+        if inner == key or inner.endswith("." + key):
+            return number
+    return default
+
+
+def alphas(header: Header, found: Collected) -> tuple[dict[str, float], list[str]]:
+    """Give every layer's alpha: its own tensor first, then the PEFT configuration, else its rank.
+
+    Raises:
+        AdapterError: An alpha tensor is not one finite number.
+    """
+    scales, warnings = peft_scales(header.metadata)
+    result: dict[str, float] = {}
+    disagree: list[str] = []
+    for path, names in found.layers.items():
+        rank = shape_of(header, names.down)[0]
+        result[path] = float(rank)
+        scale = scales.get(path.split(".", 1)[0])
+        if names.alpha:
+            result[path] = _alpha_value(header, names.alpha)
+        elif scale:
+            if _by_pattern(scale.rank_pattern, path, scale.r) != rank:
+                disagree.append(path)
+                continue
+            alpha = _by_pattern(scale.alpha_pattern, path, scale.alpha)
+            result[path] = alpha * math.sqrt(rank) if scale.rank_stabilised else alpha
+    if disagree:
+        warnings.append(
+            f"{PEFT_KEY} gives {len(disagree)} layers another rank than their tensors have; "
+            f"it was ignored there (alpha = rank). First: {disagree[0]}."
+        )
+    return result, warnings
+
+
+def _alpha_value(header: Header, name: str) -> float:
+    value = header.values(name).reshape(-1) if math.prod(shape_of(header, name)) == 1 else [math.nan]
+    if not math.isfinite(value[0]):
+        raise AdapterError(f"{header.path.name}: {name} is not one finite number.", "Get it from another source.")
+    return float(value[0])
