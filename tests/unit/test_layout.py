@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "app": {"kernels", "pipelines", "composition", "training", "assets"},
     "assets": set(),
 }
-FRONT = ("app/ui/", "app/cli.py", "app/api.py")  # what people see; it may ask these parts of app, and no other
+FRONT = ("app/ui/", "app/cli", "app/api")  # what people see; it may ask these parts of app, and no other
 FRONT_MAY_ASK = {"studio", "present", "settings", "ui"}
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "torchvision"}
 TORCH_FREE = (
@@ -111,7 +111,7 @@ def test_page_and_command_line_ask_only_the_studio() -> None:
         parts = one.module.split(".")
         if one.path.startswith(FRONT) and one.ours and not one.types_only and parts[0] == "app":
             asked = parts[1] if len(parts) > 1 else ""
-            wrong += [] if asked in FRONT_MAY_ASK else [str(one)]
+            wrong += [] if asked in FRONT_MAY_ASK or asked.startswith("cli") else [str(one)]
     assert wrong == []
 
 
