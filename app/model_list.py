@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..pipelines.errors import IntarsiaError
-from ..pipelines.families import FAMILIES
-from ..pipelines.sources import resolve
+from ..pipelines.families import FAMILIES, Family
+from ..pipelines.sources import ModelSource, resolve
 from .jobs import JobStore
 
 
