@@ -97,10 +97,12 @@ def save(
         (folder / f".{STATE}").replace(folder / STATE)
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
+        if not (folder / STATE).exists():  # an empty folder would look like something to resume from
+            shutil.rmtree(folder, ignore_errors=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *moments.values()))
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder.parent).free
         raise MemoryLimitError(
             f"The disk is full: a checkpoint needs {needed / 2**20:,.0f} MB, {free / 2**20:,.0f} MB are free.",
             "Free some space and resume; the last checkpoint is kept. A lower rank makes smaller checkpoints.",

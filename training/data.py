@@ -61,6 +61,11 @@ class Fit:
     original: tuple[int, int]
 
     @property
+    def enlarged(self) -> float:
+        """How many times the picture was enlarged; 1 if it was not."""
+        return max(1.0, self.resized[0] / self.original[0])
+
+    @property
     def time_ids(self) -> tuple[int, ...]:
         """SDXL's size conditioning: original height, width, crop top, left, trained height, width."""
         (width, height), (left, top), (wide, high) = self.original, self.crop, self.size

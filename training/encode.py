@@ -17,6 +17,7 @@ from ..pipelines.requests import TrainingPicture
 from . import data
 from .recipe import Settings
 
+NOTABLE = 1.25  # enlarging by less is not worth a word
 CROPS = 4  # random crops kept of each picture: enough to vary, few enough to keep in memory
 
 
@@ -97,8 +98,8 @@ def encode(
         mean, deviation = encode_pixels(components["vae"], pixels)
         if not torch.isfinite(mean).all():
             raise InputError(f"The model's autoencoder gives no numbers for {picture.path}.", "Leave that picture out.")
-        if plans[0].original == image.size and plans[0].resized != image.size:
-            yield Notice(text=f"{_name(picture)} is smaller than the resolution and was enlarged.")
+        if plans[0].enlarged > NOTABLE:
+            yield Notice(text=f"{_name(picture)} is small and was enlarged {plans[0].enlarged:.1f} times.")
         examples.append(Example(mean, deviation, ids, size, texts.index(prompts[index])))
         yield Progress(stage="encode", step=index + 1, total=len(pictures))
     return Cache(tuple(examples), tuple(encoded))
@@ -137,7 +138,8 @@ def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:  # 
         Mean and deviation, `(batch, channels, height / 8, width / 8)`; deviation None for points.
     """
     before = vae.dtype
-    vae.to(torch.float32)
+    if before != torch.float32:
+        vae.to(torch.float32)
     try:
         pixels = pixels.to(vae.device)
         shift, scale = _affine(vae)
@@ -152,7 +154,8 @@ def encode_pixels(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:  # 
                 deviations.append(output.latent_dist.std * scale)
         return torch.cat(means), torch.cat(deviations) if deviations else None
     finally:
-        vae.to(before)
+        if before != torch.float32:
+            vae.to(before)
 
 
 def _affine(vae: Any) -> tuple[Tensor, Tensor]:  # noqa: ANN401

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..pipelines.adapter_types import LowRank
 
-ADAPTER = "training"
+ADAPTER = "learned"  # "training" is an attribute of every module
 
 
 @dataclass(frozen=True)

@@ -87,13 +87,13 @@ class Trainer:
         mixed = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(self.dtype, "no")
         self.accelerator = Accelerator(cpu=self.device.type == "cpu", mixed_precision=mixed)
         self.parameters = list(layers.parameters.values())
-        adamw = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             self.parameters,
             lr=task.settings.learning_rate,
             weight_decay=task.settings.weight_decay,
             fused=self.device.type in ("cpu", "cuda"),
         )
-        self.optimizer: Any = self.accelerator.prepare(adamw)
+        self.optimizer: Any = self.accelerator.prepare(self.adamw)
 
     def step(self, number: int) -> float:
         """Take step `number` (from 0) and give its loss.

@@ -1,0 +1,89 @@
+"""A small model and small pictures for the tests of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from intarsia.pipelines.events import CancelToken, Event
+from intarsia.pipelines.requests import TrainingPicture, TrainRequest
+from intarsia.pipelines.sources import ModelSource, resolve
+from intarsia.training.run import train
+
+
+@dataclass
+class LoadedModel:
+    """What training uses of a model, loaded with plain diffusers."""
+
+    source: ModelSource
+    components: dict[str, Any]
+    native_size: tuple[int, int] = (64, 64)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def denoiser(self) -> Any:  # noqa: ANN401
+        return self.components["unet"]
+
+
+def load(folder: Path) -> LoadedModel:
+    """Load a tiny pipeline for training."""
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
+    components = {name: part for name, part in pipeline.components.items() if part is not None}
+    for part in components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval().requires_grad_(False)
+    return LoadedModel(resolve(str(folder)), components)
+
+
+def picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
+    """Draw a red disc on a coloured ground."""
+    image = Image.new("RGB", size, (40 + 60 * seed % 200, 120, 200))
+    ImageDraw.Draw(image).ellipse([size[0] // 5, size[1] // 5, size[0] * 4 // 5, size[1] * 4 // 5], fill=(200, 30, 30))
+    image.save(path)
+    return path
+
+
+def request(recipe: str, pictures: list[Path], **options: Any) -> TrainRequest:  # noqa: ANN401
+    """Ask for a short run without samples."""
+    quick: dict[str, Any] = {"steps": 4, "sample_every": 0, "checkpoint_every": 0, "rank": 4}
+    given = tuple(TrainingPicture(path=str(path), caption="a cat") for path in pictures)
+    return TrainRequest(recipe=recipe, name="thing", pictures=given, seed=3, options=quick | options)
+
+
+def run(asked: TrainRequest, model: Any, folder: Path, token: CancelToken | None = None) -> list[Event]:  # noqa: ANN401
+    """Train to the end and give the events."""
+    return list(train(asked, model, folder, token or CancelToken()))
+
+
+def losses(events: list[Event]) -> list[float]:
+    """Give the losses among events, in order."""
+    return [event.value for event in events if event.type == "metric" and event.name == "loss"]
+
+
+def snapshot(model: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Everything of a denoiser that training might leave behind: modules, tensors, flags, modes, attributes."""
+    denoiser = model.denoiser
+    return {
+        "modules": {name: id(module) for name, module in denoiser.named_modules()},
+        "state": {name: tensor.clone() for name, tensor in denoiser.state_dict().items()},
+        "flags": {name: parameter.requires_grad for name, parameter in denoiser.named_parameters()},
+        "gradients": {name: parameter.grad is None for name, parameter in denoiser.named_parameters()},
+        "modes": {name: module.training for name, module in denoiser.named_modules()},
+        "attributes": sorted(vars(denoiser)),
+        "checkpointing": denoiser.is_gradient_checkpointing,
+    }
+
+
+def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Compare two snapshots, tensors bit for bit."""
+    first, second = before.pop("state"), after.pop("state")
+    assert before == after
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,76 @@
+"""Sample pictures during training: one prompt, one seed, so that the pictures differ by what was learned alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..pipelines.events import Artifact, CancelToken, Event, Stage
+from ..pipelines.hooks import Step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..pipelines.models import Model
+
+STEPS = 20
+GUIDANCE = 5.0
+
+
+@dataclass(frozen=True)
+class StopHook:
+    """Lets a stop reach into a sample picture."""
+
+    token: CancelToken
+
+    def before(self, step: Step) -> Tensor:
+        self.token.check()
+        return step.latents
+
+    def after(self, step: Step) -> Tensor:
+        return step.latents
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws the sample picture.
+
+    Args:
+        prompt: What to draw.
+        seed: The same for every picture of the run.
+        every: Steps between samples; 0 is never.
+        last: Steps of the run; the finished adapter is always shown.
+        folder: Where the pictures go.
+    """
+
+    prompt: str
+    seed: int
+    every: int
+    last: int
+    folder: Path
+
+    def due(self, step: int) -> bool:
+        return bool(self.every) and (step % self.every == 0 or step == self.last)
+
+    def draw(self, model: Model, step: int, token: CancelToken) -> Iterator[Event]:
+        """Draw and save the picture after `step` steps; step 0 is the model as it was.
+
+        Yields:
+            The stage, then the picture as an artifact of kind "sample".
+
+        Raises:
+            Cancelled: A stop was asked for.
+        """
+        from ..pipelines.image import render
+
+        yield Stage(name="sample", detail=self.prompt)
+        image = render(
+            model, self.prompt, seed=self.seed, steps=STEPS, guidance=GUIDANCE, hooks=(StopHook(token),)
+        )[0]  # fmt: skip
+        path = self.folder / f"sample-{step:06d}.png"
+        temporary = path.with_name(f".{path.name}")
+        image.save(temporary, format="PNG")
+        temporary.replace(path)
+        yield Artifact(kind="sample", path=str(path), label=self.prompt, step=step)
