@@ -5,13 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from training_fakes import assert_same, load, losses, picture, request, run, snapshot
-
 from intarsia.pipelines.adapter_types import LowRank
 from intarsia.pipelines.errors import InputError
 from intarsia.pipelines.events import Artifact, Cancelled, CancelToken
@@ -20,11 +16,13 @@ from intarsia.pipelines.requests import TrainingPicture
 from intarsia.training.layers import linear_layers
 from intarsia.training.recipe import ModelFacts, recipes
 from intarsia.training.run import train
+from safetensors.torch import load_file
+from training_fakes import LoadedModel, Tiny, assert_same, load, losses, picture, request, run, snapshot
 
 RECIPES = sorted(recipes())
 
 
-def facts(model: Any, family: str = "sdxl") -> ModelFacts:
+def facts(model: LoadedModel, family: str = "sdxl") -> ModelFacts:
     return ModelFacts(family, linear_layers(model.denoiser), 32, 64, 1)
 
 
@@ -56,7 +54,7 @@ def test_describe_lists_every_option_and_unknown_ones_are_refused(name: str) -> 
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_targets_are_real_layers_with_possible_ranks(name: str, tiny: Any) -> None:
+def test_targets_are_real_layers_with_possible_ranks(name: str, tiny: Tiny) -> None:
     recipe = recipes()[name]
     for family in recipe.families:
         layers = linear_layers(load(tiny(family)).denoiser)
@@ -74,19 +72,19 @@ def test_other_families_are_refused_by_name(name: str, family: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_what_is_left_open_is_chosen_and_said(name: str, tiny: Any) -> None:
+def test_what_is_left_open_is_chosen_and_said(name: str, tiny: Tiny) -> None:
     recipe = recipes()[name]
     known = facts(load(tiny("sdxl")))
     chosen = recipe.settings(known, recipe.options())
     assert chosen.steps >= 1 and chosen.learning_rate > 0 and chosen.resolution == 64
     said = " ".join(chosen.notices)
-    assert str(chosen.steps) in said and f"{chosen.learning_rate:g}" in said and "Rank" in said or "rank" in said
+    assert str(chosen.steps) in said and f"{chosen.learning_rate:g}" in said and "ank" in said
     given = recipe.settings(known, recipe.options(steps=9, learning_rate=0.5, resolution=128, rank=2))
     assert (given.steps, given.learning_rate, given.resolution, given.notices) == (9, 0.5, 128, ())
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_parts_hold_every_layer_once(name: str, tiny: Any) -> None:
+def test_parts_hold_every_layer_once(name: str, tiny: Tiny) -> None:
     recipe = recipes()[name]
     targets = recipe.targets("sdxl", linear_layers(load(tiny("sdxl")).denoiser), recipe.options())
     layers = {f"unet.{path}": LowRank(torch.zeros(1, 2), torch.zeros(2, 1), 1.0) for path in targets}
@@ -104,7 +102,7 @@ def test_no_picture_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_cancel_at_any_step_leaves_the_model_untouched(name: str, tiny: Any, tmp_path: Path) -> None:
+def test_cancel_at_any_step_leaves_the_model_untouched(name: str, tiny: Tiny, tmp_path: Path) -> None:
     model = load(tiny("sdxl"))
     before = snapshot(model)
     asked = request(name, [picture(tmp_path / "a.png")], steps=3)
@@ -123,7 +121,7 @@ def test_cancel_at_any_step_leaves_the_model_untouched(name: str, tiny: Any, tmp
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_closing_the_generator_and_a_bug_leave_the_model_untouched(
-    name: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(tiny("sdxl"))
     before = snapshot(model)
@@ -143,7 +141,7 @@ def test_closing_the_generator_and_a_bug_leave_the_model_untouched(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_same_seed_same_result_and_another_seed_another(name: str, tiny: Any, tmp_path: Path) -> None:
+def test_same_seed_same_result_and_another_seed_another(name: str, tiny: Tiny, tmp_path: Path) -> None:
     model = load(tiny("sdxl"))
     asked = request(name, [picture(tmp_path / "a.png")])
 
@@ -158,7 +156,7 @@ def test_same_seed_same_result_and_another_seed_another(name: str, tiny: Any, tm
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_saving_memory_changes_no_result(name: str, tiny: Any, tmp_path: Path) -> None:
+def test_saving_memory_changes_no_result(name: str, tiny: Tiny, tmp_path: Path) -> None:
     model = load(tiny("sdxl"))
     first = run(request(name, [picture(tmp_path / "a.png")]), model, tmp_path / "plain")
     second = run(request(name, [tmp_path / "a.png"], save_memory=True), model, tmp_path / "saving")
