@@ -1,0 +1,96 @@
+"""What every tab works with: the studio, the folded events, and how an error reaches the person."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import gradio as gr
+from gradio.utils import get_upload_folder
+
+from ...pipelines.errors import InputError, IntarsiaError
+from ..studio import Job, Studio
+from .pieces import esc
+from .watch import Watch, Watcher
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+ACTIVE = ("running", "queued")
+TOAST_SECONDS = 12
+
+
+@dataclass(frozen=True)
+class Desk:
+    """The studio, and what has been read of its jobs."""
+
+    studio: Studio
+    watcher: Watcher
+
+    def look(self, job: Job) -> Watch:
+        return self.watcher.look(job)
+
+    def active(self, kind: Any) -> list[Job]:  # noqa: ANN401 - JobKind, a Literal of the studio's
+        """Jobs that run or wait, the running ones first, then in the order they will run."""
+        jobs = [job for job in reversed(self.studio.jobs(limit=60, kind=kind)) if job.state in ACTIVE]
+        return sorted(jobs, key=lambda job: job.state != "running")
+
+
+@dataclass
+class Seen:
+    """What one browser tab shows and has been told; lives as long as the tab.
+
+    Args:
+        sent: Last HTML sent to each place, so that an unchanged place is left alone.
+        picture: Job id and number of the picture a person chose to look at, None for the newest.
+        run: Job id opened in the runs tab.
+        training: Job id followed in the train tab, "" for the newest.
+        unfinished: Jobs seen at work: when they end badly, this tab says so once.
+    """
+
+    sent: dict[str, Any] = field(default_factory=dict[str, Any])
+    picture: tuple[str, int] | None = None
+    run: str = ""
+    training: str = ""
+    unfinished: set[str] = field(default_factory=set[str])
+
+    def fresh(self, place: str, value: Any) -> Any:  # noqa: ANN401
+        """Give the value if this tab does not show it yet, else "leave as it is"."""
+        if self.sent.get(place) == value:
+            return gr.skip()
+        self.sent[place] = value
+        return value
+
+
+def toast(error: IntarsiaError, title: str = "That did not work") -> gr.Error:
+    """Make the toast that shows an error: its sentence, and the way out beneath."""
+    hint = f'<div class="hint">{esc(error.hint)}</div>' if error.hint else ""
+    return gr.Error(f"{esc(error.message)}{hint}", duration=TOAST_SECONDS, title=title, print_exception=False)
+
+
+def shown(handler: Callable[P, R]) -> Callable[P, R]:
+    """Let a handler's IntarsiaErrors reach the person as a toast; anything else is a bug and goes to the log."""
+
+    @functools.wraps(handler)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return handler(*args, **kwargs)
+        except IntarsiaError as error:
+            raise toast(error) from None
+
+    return wrapped
+
+
+def uploaded(path: str) -> Path:
+    """Check that a path the page sent is a file this page received, before anything reads it.
+
+    Raises:
+        InputError: It lies elsewhere: a page must not make the server read other files.
+    """
+    real, folder = Path(path).resolve(), Path(get_upload_folder()).resolve()
+    if not path or not real.is_relative_to(folder) or not real.is_file():
+        raise InputError("The page sent a file it never uploaded.", "Drop the file again.")
+    return real

@@ -1,0 +1,235 @@
+"""The page: four tabs, one clock that reads the job store, and what happens across tabs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from ...pipelines.errors import InputError
+from ...pipelines.events import Failed, Interrupted
+from ..studio import Studio
+from . import rack, tab_generate, tab_library, tab_runs, tab_train
+from .desk import Desk, Seen, shown, toast, uploaded
+from .pieces import MOTIF, esc
+from .theme import head, text, theme
+from .watch import Watcher
+
+TICK = 0.4  # seconds between two looks at the job store
+UPLOAD_LIMIT = "2gb"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+CALM: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+
+log = logging.getLogger(__name__)
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """Make the whole page for a studio."""
+    desk = Desk(studio, Watcher(studio))
+    with gr.Blocks(title="Intarsia", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        seen = gr.State(Seen())
+        trouble = gr.State("")
+        status = gr.HTML(masthead(desk), elem_id="masthead", apply_default_css=False)
+        drop = gr.HTML(
+            "",
+            elem_id="drop",
+            html_template="",
+            apply_default_css=False,
+            js_on_load="intarsia.dropzone(element, trigger, upload); /* 'drop' */",
+        )
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Generate", id="generate"):
+                generate = tab_generate.build(desk, seen)
+            with gr.Tab("Library", id="library"):
+                library = tab_library.build(desk)
+            with gr.Tab("Train", id="train"):
+                train = tab_train.build(desk, seen)
+            with gr.Tab("Runs", id="runs-tab"):
+                runs = tab_runs.build(desk, seen)
+        tabs = Tabs(generate, library, train, runs)
+        tab_library.connect(desk, library, **CALM)
+        _connect_use(desk, tabs)
+        _connect_drop(desk, tabs, drop)
+        _connect_clock(page, desk, tabs, Shared(seen, trouble, status))
+    return page
+
+
+@dataclass(frozen=True)
+class Tabs:
+    """The four tabs."""
+
+    generate: tab_generate.GenerateTab
+    library: tab_library.LibraryTab
+    train: tab_train.TrainTab
+    runs: tab_runs.RunsTab
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Parts of the page that belong to no tab."""
+
+    seen: gr.State
+    trouble: gr.State
+    status: gr.HTML
+
+
+def masthead(desk: Desk) -> str:
+    """The name, and in one glance what the studio is doing."""
+    jobs = [*desk.active("generate"), *desk.active("train")]
+    running = sum(job.state == "running" for job in jobs)
+    words = f"{running} running" if running else "starting" if jobs else "ready"
+    if len(jobs) > running and running:
+        words += f", {len(jobs) - running} waiting"
+    mood = "busy" if jobs else "idle"
+    return (
+        f'<header class="masthead"><div class="brand">{MOTIF}<span>Intarsia</span></div>'
+        f'<div class="right"><span class="lamp {mood}"><i></i>{esc(words)}</span>'
+        '<button type="button" class="icon" data-theme-switch aria-label="Light or dark" title="Light or dark">'
+        '<svg viewBox="0 0 20 20" aria-hidden="true"><circle cx="10" cy="10" r="7"/><path d="M10 3a7 7 0 0 1 0 14Z"/>'
+        "</svg></button></div></header>"
+    )
+
+
+def _connect_use(desk: Desk, tabs: Tabs) -> None:
+    """ "Use in Generate", wherever it stands: the adapter, or both halves of a pair, go into the rack."""
+
+    @shown
+    def use(value: rack.Value, event: gr.EventData) -> Any:  # noqa: ANN401 - a value, or "leave as it is"
+        if event.act != "use":
+            return gr.skip()
+        fresh = {**value, "shelf": rack.shelf_rows(desk)}
+        return rack.with_entries(fresh, rack.group_of(desk, str(event.name)))
+
+    for place in (tabs.library.cards, tabs.train.live, tabs.runs.detail):
+        place.act(use, tabs.generate.rack, tabs.generate.rack, **CALM)
+
+
+def _connect_drop(desk: Desk, tabs: Tabs, drop: gr.HTML) -> None:
+    """Files dropped anywhere: adapters go into the library, pictures bring settings back or become lessons."""
+    generate = tabs.generate
+
+    @shown
+    def dropped(sheet: list[dict[str, str]], value: rack.Value, event: gr.EventData) -> list[Any]:
+        files = [_received(file) for file in event.files]
+        pictures, others = _sorted(files, training=event.tab == "Train")
+        filled: list[Any] = [gr.skip() for _ in generate.filled]
+        cards: Any = gr.skip()
+        if others:
+            entries = tab_library.take_in(desk, others)
+            cards = tab_library.shelf_html(desk)
+            use = entries if event.tab == "Generate" else []
+            fresh = {**value, "shelf": rack.shelf_rows(desk)}
+            filled[generate.filled.index(generate.rack)] = rack.with_entries(fresh, use)
+        if pictures and event.tab == "Train":
+            sheet = tab_train.take_in(desk, pictures, sheet)
+        elif pictures:
+            filled = tab_generate.restore(desk, generate, uploaded(pictures[0][1]))
+        return [sheet, cards, *filled]
+
+    drop.drop(
+        dropped,
+        [tabs.train.pictures, generate.rack],
+        [tabs.train.pictures, tabs.library.cards, *generate.filled],
+        **CALM,
+    )
+
+
+def _received(file: dict[str, str]) -> tuple[str, str]:
+    if not file.get("path"):
+        raise InputError(f"{file.get('name', 'The file')} could not be taken in.", file.get("reason", ""))
+    return file["name"], file["path"]
+
+
+def _sorted(files: list[tuple[str, str]], training: bool) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Part what is meant as pictures from what is meant as an adapter (or refused as one, with the reason)."""
+    kinds = tab_train.PICTURE_TYPES if training else PICTURES
+    pictures = [file for file in files if file[0].lower().endswith(kinds)]
+    return pictures, [file for file in files if file not in pictures]
+
+
+def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> None:
+    """Everything live comes from here: a reload, a second tab and a restart show the same, for all read the store."""
+    places = [*tabs.generate.live, *tabs.train.watched, *tabs.runs.watched, shared.status, tabs.library.cards]
+
+    def tick(seen: Seen, value: rack.Value) -> list[Any]:
+        news = _trouble(desk, seen)
+        rows = rack.shelf_rows(desk)
+        changed = value["shelf"] != rows
+        return [
+            *tab_generate.refresh(desk, seen),
+            *tab_train.refresh(desk, seen),
+            *tab_runs.refresh(desk, seen),
+            seen.fresh("status", masthead(desk)),
+            seen.fresh("library", tab_library.shelf_html(desk)),
+            {**value, "shelf": rows} if changed else gr.skip(),
+            news or gr.skip(),
+        ]
+
+    def announce(news: str) -> None:
+        if news:
+            job = desk.studio.job(news.split(" ")[0])
+            ended = desk.look(job).ended
+            if isinstance(ended, Failed):
+                raise toast(InputError(ended.message, ended.hint), "The run failed")
+            if isinstance(ended, Interrupted):
+                way = "Resume it from its last checkpoint." if job.resumable else "Start it again."
+                raise toast(InputError("The process that did the work ended before it was done.", way), "Interrupted")
+
+    timer = gr.Timer(TICK)
+    outputs = [*places, tabs.generate.rack, shared.trouble]
+    gr.on([timer.tick, page.load], tick, [shared.seen, tabs.generate.rack], outputs, trigger_mode="once", **CALM)
+    shared.trouble.change(announce, shared.trouble, None, **CALM)
+
+
+def _trouble(desk: Desk, seen: Seen) -> str:
+    """Find a job this tab saw at work that ended badly since; each is told once. "" if there is none."""
+    active = {job.id for kind in ("generate", "train") for job in desk.active(kind)}
+    over = sorted(seen.unfinished - active)
+    seen.unfinished = active | set(over[1:])
+    return f"{over[0]} ended" if over and desk.studio.job(over[0]).state in ("failed", "interrupted") else ""
+
+
+def launch(studio: Studio, host: str = "127.0.0.1", port: int = 7860, open_browser: bool = True) -> str:
+    """Serve the page without blocking.
+
+    Args:
+        studio: Started already.
+        host: Address to listen on; anything but the loopback address shows the studio to the network.
+        port: Port to listen on; it must be free.
+        open_browser: Open the page in the person's browser.
+
+    Returns:
+        The page's address.
+    """
+    home = studio.home
+    cache = home.root / "cache"
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(cache)  # uploads beside everything else, not in a shared folder
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    page = build(studio).queue(max_size=64, default_concurrency_limit=8)
+    _, address, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=open_browser,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        allowed_paths=[str(home.outputs), str(home.root / "jobs")],
+        max_file_size=UPLOAD_LIMIT,
+        ssr_mode=False,
+        strict_cors=True,
+        enable_monitoring=False,
+        run_history=False,
+        show_error=False,
+        footer_links=[],
+        pwa=False,
+        mcp_server=False,
+        theme=theme(),
+        css=text("studio.css"),
+        head=head(),
+    )
+    log.info("page at %s", address)
+    return address
