@@ -111,7 +111,7 @@ def card(
         SPEC + "title": title,
         SPEC + "trigger_phrase": trigger,
         SPEC + "architecture": ARCHITECTURES.get(family, ""),
-        "ss_sd_model_hash": base_hash,
+        "intarsia.base_hash": base_hash,
     }
     return {key: text for key, text in texts.items() if text}
 

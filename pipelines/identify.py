@@ -41,7 +41,8 @@ class Report:
         ranks: How many layers have which rank.
         alpha: Smallest and largest alpha.
         modules: Layers in the file.
-        matched: Of them, those whose module exists in the model and has the right shape.
+        matched: Of them, those whose module exists in the model and has the right shape; without a model, those the
+            family has by name.
         unmatched: Layers without a module, as the file spells them.
         misfits: Layers of another shape than their module, in words.
         dialect: How the names are spelled.
@@ -121,7 +122,7 @@ def inspect(path: Path, shapes: Mapping[str, Shape] | None = None) -> Report:
         trigger=trigger,
         triggers=triggers,
         base=_text(header.metadata, "intarsia.base", "ss_sd_model_name", "ss_base_model_version"),
-        base_hash=_text(header.metadata, "ss_new_sd_model_hash", "ss_sd_model_hash"),
+        base_hash=_text(header.metadata, "intarsia.base_hash", "ss_new_sd_model_hash", "ss_sd_model_hash"),
     )
     foreign = _foreign(bare, header)
     if foreign:
@@ -177,7 +178,7 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
         ranks=dict(sorted(ranks.items())),
         alpha=(min(values.values(), default=0.0), max(values.values(), default=0.0)),
         modules=found.modules,
-        matched=len(found.layers) - len(wrong),
+        matched=len(found.layers) - (len(wrong) if index else 0),
         unmatched=tuple(found.unmatched),
         misfits=tuple(wrong),
         components=dict(Counter(path.split(".", 1)[0] for path in found.layers)),
@@ -211,8 +212,10 @@ def _judge(
     dead = (names.up in seen.zeros or names.down in seen.zeros or not values[p] for p, names in found.layers.items())
     if found.layers and all(dead):
         warnings.append("This adapter does nothing: every layer's change is zero.")
-    if index is None and report.base and report.misfits and not report.matched:
-        warnings.append(f"Made for {report.base}; its layers do not have the widths of {KNOWN[report.family]}.")
+    if index is None and report.misfits and report.family:
+        made = f"Made for {report.base}: " if report.base else ""
+        some = f"{len(report.misfits)} of {report.modules} layers do not fit {KNOWN[report.family]} itself"
+        warnings.append(f"{made}{some}, first {report.misfits[0]}.")
     report = replace(report, warnings=tuple(warnings))
     if index is not None and report.matched < report.modules:
         return replace(report, refusal=misfit_sentence(report), hint=f"It was made for {_made_for(report)}.")
@@ -326,3 +329,10 @@ def _text(metadata: Mapping[str, str], *keys: str) -> str:
 
 def _clean(text: str, limit: int) -> str:
     return "".join(letter for letter in text[:limit] if letter.isprintable())
+
+
+def half_tensors(header: Header, role: Role) -> list[str]:
+    """Name the tensors of an SDXL adapter that make up its content or style half."""
+    found = collect(header, reference("sdxl"))
+    parts = [names for path, names in found.layers.items() if path.startswith(HALVES[role])]
+    return [name for names in parts for name in (names.down, names.up, names.alpha) if name]
