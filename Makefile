@@ -56,9 +56,9 @@ readme: $(TOOLS)
 
 # setuptools would put stale files of an earlier build/ into the wheel
 wheel: $(TOOLS)
-	rm -rf build dist
-	$(PIP) wheel --quiet --no-deps --wheel-dir dist .
-	rm -rf build
+	@rm -rf build dist
+	@$(PIP) wheel --quiet --no-deps --wheel-dir dist .
+	@rm -rf build
 
 clean:
 	rm -rf $(VENV) build dist .typecheck .pytest_cache .ruff_cache *.egg-info
@@ -68,16 +68,16 @@ $(VENV)/.torch-$(KEY):
 	@test -n "$(PYTHON)" || { echo "Intarsia needs Python 3.11 or newer; none was found. Name one: make studio PYTHON=/path/to/python3"; exit 2; }
 	@echo "Setting up $(VENV) with $(PYTHON): some minutes, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear $(VENV)
-	$(PIP) install --quiet $(TORCH)
+	@$(PIP) install --quiet $(TORCH)
 	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	@rm -f $(VENV)/.torch-* && touch $@
 
 $(STUDIO): | $(VENV)/.torch-$(KEY)
-	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable .
+	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable .
 	@rm -f $(VENV)/.studio-* && touch $@
 
 $(TOOLS): | $(VENV)/.torch-$(KEY)
-	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[corpus,test]"
+	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[corpus,test]"
 	@rm -f $(VENV)/.studio-* $(VENV)/.tools-* && touch $@ $(STUDIO)
 
 # The browser tests drive chromium; where the system has none, Playwright brings its own.
