@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ..pipelines.errors import InputError
 from ..pipelines.events import CancelToken, Event, Notice, Progress
 from ..pipelines.picture import open_picture
 from ..pipelines.requests import TrainingPicture
+from ..pipelines.sources import ModelSource
 from . import data
 from .recipe import Settings
 
@@ -63,6 +65,7 @@ def encode(
     settings: Settings,
     seed: int,
     token: CancelToken,
+    zero_when_empty: bool = False,
 ) -> Generator[Event, None, Cache]:
     """Encode everything; yields progress, returns the cache.
 
@@ -73,12 +76,16 @@ def encode(
         settings: Resolution, cropping, mirroring.
         seed: Random crops follow from it.
         token: Checked once per picture.
+        zero_when_empty: The model was made with zeros for "no caption", not with the empty text's embedding.
 
     Raises:
         InputError: A picture cannot be opened, or its latents are not numbers.
     """
     texts = [*dict.fromkeys(prompts), ""]
     encoded, cut = encode_prompts(components, texts)
+    if zero_when_empty:
+        last = encoded[-1]
+        encoded[-1] = Text(last.tokens * 0, None if last.pooled is None else last.pooled * 0)
     for text in cut:
         yield Notice(text=f"The model reads only the first 75 tokens of the caption {text[:60]!r}...")
     device = encoded[0].tokens.device
@@ -107,6 +114,13 @@ def encode(
 
 def _name(picture: TrainingPicture) -> str:
     return picture.path.replace("\\", "/").rpartition("/")[2]
+
+
+def zero_when_empty(source: ModelSource) -> bool:
+    """Read whether a model stands for "no caption" with zeros, as SDXL does unless its folder says otherwise."""
+    path = source.path / "model_index.json" if source.path is not None and source.path.is_dir() else None
+    index = json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    return bool(index.get("force_zeros_for_empty_prompt", source.family == "sdxl"))
 
 
 def pixel_step(components: Mapping[str, Any]) -> int:

@@ -19,7 +19,7 @@ from ..pipelines.errors import InputError, MemoryLimitError
 from ..pipelines.events import Artifact, Cancelled, CancelToken, Event, Notice, Stage
 from ..pipelines.requests import TrainingPicture, TrainRequest
 from . import checkpoint, data
-from .encode import Cache, encode
+from .encode import Cache, encode, zero_when_empty
 from .layers import TrainedLayers, linear_layers, trainable
 from .loop import Task, Trainer, run
 from .recipe import ModelFacts, Settings, TrainingOptions, TrainingRecipe, recipes
@@ -81,7 +81,8 @@ def train(request: TrainRequest, model: Model, folder: Path, token: CancelToken)
     with memory_explained(plan, model.device):
         yield Stage(name="encode", detail="Encoding pictures and captions")
         cache = yield from encode(
-            model.components, plan.pictures, plan.prompts, plan.settings, request.seed, token
+            model.components, plan.pictures, plan.prompts, plan.settings, request.seed, token,
+            zero_when_empty(model.source),
         )  # fmt: skip
         layers = yield from _learn(plan, model, cache, folder, token)
     yield Stage(name="save")
