@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Machine = Annotated[bool, typer.Option("--json", help="Write JSON.")]
-File = Annotated[Path, typer.Argument(help="A .safetensors file.", show_default=False)]
 MARKS = {"ok": "ok  ", "warning": "warn", "bad": "BAD "}
 
 
@@ -49,9 +48,13 @@ def _list(machine: Machine = False) -> None:
         _write(machine, [record(entry) for entry in entries], text)
 
 
-def _inspect(file: File, machine: Machine = False) -> None:
+def _inspect(
+    file: Annotated[str, typer.Argument(help="A .safetensors file, or a name in the library.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Match it with this model's modules.", show_default=False)] = "",
+    machine: Machine = False,
+) -> None:
     with guarded(Console(machine)), Studio() as studio:
-        values = record(studio.inspect(file))
+        values = studio.inspect(file, model).as_dict()
         rows = [(key, _cell(value)) for key, value in values.items() if value not in (None, "", [], {})]
         _write(machine, values, table(rows, ("what", "value")))
 

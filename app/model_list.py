@@ -23,7 +23,7 @@ class ModelInfo:
         family: Key of FAMILIES.
         path: Where it lies; "" for a hub model.
         size: Bytes on disk, 0 if unknown.
-        side: Width and height in pixels the model was made for.
+        width: Of the pictures the model was made for, in pixels; so is `height`.
     """
 
     name: str
@@ -32,7 +32,8 @@ class ModelInfo:
     family: str
     path: str
     size: int
-    side: int
+    width: int
+    height: int
 
 
 def describe_model(name: str) -> ModelInfo:
@@ -46,7 +47,7 @@ def describe_model(name: str) -> ModelInfo:
     path = source.path
     title = f"{source.name} ({family.title})"
     size = 0 if path is None else _size(path)
-    return ModelInfo(name, title, source.kind, source.family, str(path or ""), size, _side(source, family))
+    return ModelInfo(name, title, source.kind, source.family, str(path or ""), size, *_native(source, family))
 
 
 def list_models(store: JobStore) -> list[ModelInfo]:
@@ -64,7 +65,7 @@ def list_models(store: JobStore) -> list[ModelInfo]:
     return models
 
 
-def _side(source: ModelSource, family: Family) -> int:
+def _native(source: ModelSource, family: Family) -> tuple[int, int]:
     """Read the native size from the model's own settings, as diffusers does; the family's where they are silent."""
     settings = None if source.path is None else source.path / family.denoiser / "config.json"
     if settings is None or not settings.is_file():
@@ -74,7 +75,8 @@ def _side(source: ModelSource, family: Family) -> int:
     if not isinstance(latent, int) or vae is None or not vae.is_file():
         return family.default_size
     blocks = json.loads(vae.read_text(encoding="utf-8")).get("block_out_channels", ())
-    return latent * 2 ** max(0, len(blocks) - 1)
+    side = latent * 2 ** max(0, len(blocks) - 1)
+    return side, side
 
 
 def _size(path: Path) -> int:

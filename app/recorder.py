@@ -69,6 +69,8 @@ class Recorder:
                 return
             except sqlite3.OperationalError:
                 self._reserve.unlink(missing_ok=True)
+                if attempt > 0:
+                    self._waiting = []  # the end matters more than the last metrics
                 if attempt == RETRIES - 1:
                     raise
                 time.sleep(0.25)

@@ -18,11 +18,11 @@ from ..pipelines.events import Artifact, CancelToken, Done, Event, Failed, Inter
 from ..pipelines.requests import GenerateRequest, TrainRequest
 from .jobs import Job, JobStore, checkpoint_of
 from .recorder import Recorder
-from .shelf import Shelf
 
 if TYPE_CHECKING:
     from ..pipelines.attach import Attachment
     from ..pipelines.models import Model, Resident
+    from .shelf import Shelf
 
 log = logging.getLogger("intarsia.runner")
 ASK_EVERY = 0.2  # seconds between two looks at the store's cancel flag
@@ -64,15 +64,17 @@ class Runner:
     def prewarm(self, name: str) -> None:
         """Load a model before anybody asks; a failure shows again, in words, when a job needs it."""
         try:
-            self._resident.get(name, device=self._device)
+            self._resident.get(name, self._device, offload=None)
         except (IntarsiaError, OSError, RuntimeError):
             log.warning("could not load %s in advance", name, exc_info=True)
 
     def _model(self, name: str, token: CancelToken) -> Generator[Event, None, Model]:
         yield Stage(name="load", detail=name)
         token.check()
-        model = self._resident.get(name, device=self._device)
+        model = self._resident.get(name, self._device, offload=None)
         token.check()
+        for note in model.notes:
+            yield Notice(text=note)
         yield Stage(name="ready", detail=f"{name} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
         return model
 
@@ -101,14 +103,17 @@ class Runner:
         from ..training.run import train
 
         model = yield from self._model(request.model, token)
+        sample: Path | None = None
         for event in train(request, model, job.folder, token):
             if isinstance(event, Artifact) and event.kind == "adapter":
-                yield from self._shelve(request, event)
-            else:
-                yield event
+                yield from self._shelve(job, event, sample)
+                continue
+            if isinstance(event, Artifact) and event.kind == "sample":
+                sample = Path(event.path)
+            yield event
 
-    def _shelve(self, request: TrainRequest, made: Artifact) -> Iterator[Event]:
-        entry = self._shelf.add(Path(made.path), name=made.label, group=request.name)
+    def _shelve(self, job: Job, made: Artifact, picture: Path | None) -> Iterator[Event]:
+        entry = self._shelf.add(Path(made.path), made.label, numbered=True, group=job.id, thumbnail=picture)
         if entry.name != made.label:
             yield Notice(text=f"The library already has {made.label}; the new one is called {entry.name}.")
         yield made.model_copy(update={"path": str(entry.path), "label": entry.name})

@@ -174,11 +174,20 @@ class Studio:
         """Every way to train, by name."""
         return recipes()
 
-    def inspect(self, path: Path) -> Report:
-        """Identify an adapter file without adding it to the library."""
-        from ..pipelines.identify import inspect
+    def inspect(self, name_or_path: str | Path, model: str = "") -> Report:
+        """Say everything about a library entry or an adapter file that is not in the library.
 
-        return inspect(path)
+        Args:
+            name_or_path: Which.
+            model: Whose modules to match it with; "" for the family's usual ones.
+        """
+        from ..pipelines.identify import inspect
+        from ..pipelines.sources import resolve, unet_shapes
+
+        if not model:
+            return self.shelf.inspect(name_or_path)
+        path = Path(name_or_path).expanduser()
+        return inspect(path if path.is_file() else self.shelf.find(name_or_path).path, unet_shapes(resolve(model)))
 
     def store_upload(self, path: Path) -> Path:
         """Check a picture or unpack a zip of pictures, and keep a copy under the home; gives the file or folder."""
