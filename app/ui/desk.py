@@ -65,6 +65,9 @@ class Seen:
         return value
 
 
+CALM: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+
+
 def toast(error: IntarsiaError, title: str = "That did not work") -> gr.Error:
     """Make the toast that shows an error: its sentence, and the way out beneath."""
     hint = f'<div class="hint">{esc(error.hint)}</div>' if error.hint else ""

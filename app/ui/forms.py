@@ -68,14 +68,16 @@ class Form:
         """
         found: dict[str, Any] = {}
         for name, component in self.controls.items():
-            value, info = values[component], self.infos[name]
+            value: Any = values[component]
+            info = self.infos[name]
             if info.optional and info.kind in ("int", "float"):
                 found[name] = str(value or "").strip() or None  # the class reads numbers from text
-                continue
-            if value is None and not info.optional:
+            elif value is None:
                 raise InputError(f"{info.label} is empty.", "Fill it in.")
-            whole = info.kind == "int" and isinstance(value, float) and value.is_integer()
-            found[name] = int(value) if whole else value
+            elif info.kind == "int" and float(value).is_integer():
+                found[name] = int(value)  # sliders send 20.0
+            else:
+                found[name] = value
         return found
 
     def show(self, options: BaseModel) -> list[Any]:
@@ -119,8 +121,9 @@ def simple_form(options: type[BaseModel], prefix: str, shown: int = 4, skip: Ite
     """Make a whole form: the first options in view, the rest folded away (classes declare the important ones first)."""
     builder = FormBuilder(options, prefix)
     names = [info.name for info in describe(options) if info.name not in set(skip)]
-    builder.place(*names[:shown])
+    with gr.Column(elem_classes="pairs"):
+        builder.place(*names[:shown])
     if names[shown:]:
-        with gr.Accordion("More settings", open=False, elem_classes="quiet"):
+        with gr.Accordion("More settings", open=False, elem_classes="quiet"), gr.Column(elem_classes="pairs"):
             builder.place(*names[shown:])
     return builder.build()

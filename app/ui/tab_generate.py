@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 from gradio.components import Component
 
 from ...pipelines.errors import InputError
 from ...pipelines.requests import GenerateRequest
 from . import rack
-from .desk import Desk, Seen, shown
+from .desk import CALM, Desk, Seen, shown
 from .forms import Form, FormBuilder
 from .pieces import esc
 from .stage import gallery, gallery_pictures, stage
@@ -69,8 +70,17 @@ def build(desk: Desk, seen: gr.State) -> GenerateTab:
     tab = GenerateTab(form.build(), uses, picture, results, message, stop)
     _connect(desk, tab, seen, go)
     seed = tab.form.controls["seed"]
-    random.click(lambda: -1, outputs=seed, api_visibility="private")
-    reuse.click(lambda shown_to: last_seed(desk, shown_to), seen, seed, api_visibility="private")
+
+    @shown
+    def drawn() -> int:
+        return -1
+
+    @shown
+    def used(given: Seen) -> int:
+        return last_seed(desk, given)
+
+    random.click(drawn, None, seed, **CALM)
+    reuse.click(used, seen, seed, **CALM)
     return tab
 
 
@@ -133,15 +143,15 @@ def _connect(desk: Desk, tab: GenerateTab, seen: gr.State, go: gr.Button) -> Non
         words = str(event.word)
         return prompt if words in prompt else f"{prompt}, {words}".lstrip(", ")
 
-    calm: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    inputs = {*tab.form.components, tab.rack, seen}
-    gr.on([go.click, tab.form.controls["prompt"].submit], submit, inputs, None, **calm).then(
-        lambda given: refresh(desk, given), seen, tab.live, **calm
-    )
-    tab.stop.click(stop, seen, None, **calm).then(lambda given: refresh(desk, given), seen, tab.live, **calm)
+    def shown_again(given: Seen) -> list[Any]:
+        return refresh(desk, given)
+
+    inputs: set[Block] = {*tab.form.components, tab.rack, seen}
+    go.click(submit, inputs, None, **CALM).then(shown_again, seen, tab.live, **CALM)
+    tab.stop.click(stop, seen, None, **CALM).then(shown_again, seen, tab.live, **CALM)
     for place in (tab.stage, tab.gallery):
-        place.act(act, seen, tab.filled, **calm).then(lambda given: refresh(desk, given), seen, tab.live, **calm)
-    tab.rack.word(word, tab.form.controls["prompt"], tab.form.controls["prompt"], **calm)
+        place.act(act, seen, tab.filled, **CALM).then(shown_again, seen, tab.live, **CALM)
+    tab.rack.word(word, tab.form.controls["prompt"], tab.form.controls["prompt"], **CALM)
 
 
 def _act(desk: Desk, tab: GenerateTab, seen: Seen, event: gr.EventData) -> list[Any]:
@@ -160,7 +170,7 @@ def _act(desk: Desk, tab: GenerateTab, seen: Seen, event: gr.EventData) -> list[
                 return fill(desk, tab, request, ())
         case "seed":
             path = picture_path(desk, str(event.job), int(event.index))
-            values = dict(zip(tab.form.controls, skipped, strict=False))
+            values: dict[str, Any] = dict(zip(tab.form.controls, skipped, strict=False))
             values["seed"] = desk.studio.restore(path).request.seed
             return [*values.values(), gr.skip(), gr.skip()]
         case _:

@@ -13,7 +13,7 @@ from ...pipelines.requests import GenerateRequest
 from ..present import duration, title
 from ..studio import Job
 from . import training
-from .desk import Desk, Seen, shown
+from .desk import CALM, Desk, Seen, shown
 from .pieces import button, clock, empty, esc, facts, image, progress
 from .stage import stage_words, status_line
 from .watch import Watch, pictures_of
@@ -61,9 +61,11 @@ def build(desk: Desk, seen: gr.State) -> RunsTab:
             case _:
                 pass
 
-    calm: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    def shown_again(given: Seen) -> list[Any]:
+        return refresh(desk, given)
+
     for place in (table, detail):
-        place.act(act, seen, None, **calm).then(lambda given: refresh(desk, given), seen, tab.watched, **calm)
+        place.act(act, seen, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
     return tab
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.blocks import Block
 from gradio.components import Component
 
 from ...pipelines.errors import InputError
 from ...pipelines.requests import TrainRequest
 from . import training
-from .desk import Desk, Seen, shown, uploaded
+from .desk import CALM, Desk, Seen, shown, uploaded
 from .forms import Form, FormBuilder, simple_form
 from .pieces import esc, thumbnail
 from .tab_generate import model_chooser
@@ -48,10 +49,7 @@ def build(desk: Desk, seen: gr.State) -> TrainTab:
         with gr.Column(elem_classes="ask"):
             choices = [(recipes[name].title, name) for name in names]
             recipe = gr.Radio(choices, value=names[0], label="Recipe", elem_id="train-recipe", elem_classes="recipes")
-            gr.HTML(
-                "<h4>Pictures</h4><p class='soft'>Drop them anywhere on this page: pictures, or a zip.</p>",
-                apply_default_css=False,
-            )
+            gr.HTML("<h4>Pictures</h4>", apply_default_css=False)
             pictures = gr.HTML(
                 value=[],
                 html_template='<div class="sheet"></div>',
@@ -59,8 +57,16 @@ def build(desk: Desk, seen: gr.State) -> TrainTab:
                 apply_default_css=False,
                 elem_id="train-pictures",
             )
-            choose = gr.UploadButton("Choose pictures", file_count="multiple", size="sm", elem_id="train-choose")
+            choose = gr.UploadButton(
+                "Choose pictures, or drop them anywhere",
+                file_count="multiple",
+                elem_id="train-choose",
+                elem_classes="dropbox",
+            )
             builder.put("name", gr.Textbox(label="Name in the library", placeholder="cat", elem_id="train-name"))
+            with gr.Row(elem_classes="go"):
+                start = gr.Button("Start training", variant="primary", elem_id="train-start", scale=3)
+                stop = gr.Button("Stop", elem_id="train-stop", interactive=False, scale=1, min_width=80)
         with gr.Column(elem_classes="show"):
             live = gr.HTML(
                 elem_id="train-live",
@@ -68,22 +74,17 @@ def build(desk: Desk, seen: gr.State) -> TrainTab:
                 js_on_load="intarsia.actions(element, trigger); /* 'act' */",
             )
         with gr.Column(elem_classes="settings"):
-            with gr.Row(elem_classes="go"):
-                start = gr.Button("Start training", variant="primary", elem_id="train-start", scale=3)
-                stop = gr.Button("Stop", elem_id="train-stop", interactive=False, scale=1, min_width=80)
             gr.HTML("<h4>Settings</h4>", apply_default_css=False)
             info = builder.info("model")
             builder.put("model", model_chooser(desk, info.label, info.help, "train-model"))
             groups, forms = _recipe_forms(recipes, names)
             builder.place("seed")
     tab = TrainTab(builder.build(), recipe, forms, pictures, live, start, stop)
-    recipe.change(
-        lambda chosen: [gr.update(visible=name == chosen) for name in names],
-        recipe,
-        groups,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+
+    def choose_form(chosen: str) -> list[dict[str, Any]]:
+        return [gr.update(visible=name == chosen) for name in names]
+
+    recipe.change(choose_form, recipe, groups, **CALM)
     _connect(desk, tab, seen, choose)
     return tab
 
@@ -130,13 +131,15 @@ def _connect(desk: Desk, tab: TrainTab, seen: gr.State, choose: gr.UploadButton)
     def add(paths: list[str] | None, current: list[dict[str, str]]) -> list[dict[str, str]]:
         return take_in(desk, [(Path(path).name, path) for path in paths or []], current)
 
-    calm: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    def shown_again(given: Seen) -> list[Any]:
+        return refresh(desk, given)
+
     forms = [component for form in tab.forms.values() for component in form.components]
-    inputs = {*tab.base.components, tab.recipe, *forms, tab.pictures, seen}
-    tab.start.click(submit, inputs, None, **calm).then(lambda given: refresh(desk, given), seen, tab.watched, **calm)
-    tab.stop.click(stop, seen, None, **calm).then(lambda given: refresh(desk, given), seen, tab.watched, **calm)
-    tab.live.act(act, seen, None, **calm).then(lambda given: refresh(desk, given), seen, tab.watched, **calm)
-    choose.upload(add, [choose, tab.pictures], tab.pictures, **calm)
+    inputs: set[Block] = {*tab.base.components, tab.recipe, *forms, tab.pictures, seen}
+    tab.start.click(submit, inputs, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
+    tab.stop.click(stop, seen, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
+    tab.live.act(act, seen, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
+    choose.upload(add, [choose, tab.pictures], tab.pictures, **CALM)
 
 
 def take_in(desk: Desk, files: list[tuple[str, str]], current: list[dict[str, str]]) -> list[dict[str, str]]:

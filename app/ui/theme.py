@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from importlib.resources import files
 
-import gradio as gr
+from gradio import themes
+from gradio.themes.utils import sizes
+from gradio.themes.utils.colors import Color
 
 # Warm paper and dark wood with one accent, as in the craft the studio is named after.
-WOOD = gr.themes.Color(
+WOOD = Color(
     c50="#fbf3ee", c100="#f6e2d7", c200="#ecc5b0", c300="#e3a688", c400="#e08a5f", c500="#c96a3d",
     c600="#b1542b", c700="#8f4222", c800="#70351d", c900="#592c1a", c950="#30160c", name="wood",
 )  # fmt: skip
-PAPER = gr.themes.Color(
+PAPER = Color(
     c50="#faf9f6", c100="#f4f1ec", c200="#e8e3db", c300="#d6cfc4", c400="#a79e91", c500="#7c7468",
     c600="#5f584e", c700="#3a3631", c800="#262320", c900="#1c1a18", c950="#131211", name="paper",
 )  # fmt: skip
@@ -29,15 +31,15 @@ def head() -> str:
     return f'<meta name="color-scheme" content="light dark"><script>{text("studio.js")}</script>'
 
 
-def theme() -> gr.themes.Base:
+def theme() -> themes.Base:
     """Make the theme. System fonts only: the page must not wait for a network."""
-    base = gr.themes.Base(
+    base = themes.Base(
         primary_hue=WOOD,
         secondary_hue=WOOD,
         neutral_hue=PAPER,
-        radius_size=gr.themes.sizes.radius_md,
-        spacing_size=gr.themes.sizes.spacing_md,
-        text_size=gr.themes.sizes.text_md,
+        radius_size=sizes.radius_md,
+        spacing_size=sizes.spacing_md,
+        text_size=sizes.text_md,
         font=SANS,
         font_mono=MONO,
     )

@@ -99,7 +99,7 @@ def results(desk: Desk, watch: Watch) -> str:
     for artifact in watch.adapters:
         entry = known.get(artifact.label)
         what = f"{entry.role} · rank {entry.rank} · {entry.modules} modules" if entry else "no longer in the library"
-        cards += f'<div class="result"><b>{esc(artifact.label)}</b><span>{esc(what)}</span></div>'
+        cards += f'<div class="made"><b>{esc(artifact.label)}</b><span>{esc(what)}</span></div>'
     names = [artifact.label for artifact in watch.adapters if artifact.label in known]
     use = button("Use in Generate", "use", "primary", name=names[0], tab="Generate") if names else ""
     return f'<div class="results"><h4>In your library</h4><div class="result-row">{cards}{use}</div></div>'
