@@ -22,8 +22,8 @@ def stage_words(watch: Watch) -> str:
     return f"{words}, step {watch.step} of {watch.total}" if watch.total else words
 
 
-def status_line(job: Job, watch: Watch, waiting: int = 0) -> str:
-    """The line under a running job: what it does, how fast, how long still."""
+def status_line(job: Job, watch: Watch, waiting: int = 0, brief: bool = False) -> str:
+    """The line under a running job: what it does, how fast, how long still; `brief` leaves the figures out."""
     if job.cancelling and job.state == "running":
         words = "Stopping"
     elif job.state == "queued":
@@ -31,7 +31,7 @@ def status_line(job: Job, watch: Watch, waiting: int = 0) -> str:
     else:
         words = stage_words(watch)
     parts = [f'<span class="what">{esc(words)}</span>']
-    if watch.total and watch.rate:
+    if watch.total and watch.rate and not brief:
         parts.append(f'<span class="num">{esc(rate(watch.rate))}</span>')
         if watch.left is not None and watch.step < watch.total:
             parts.append(f'<span class="num">{duration(watch.left)} left</span>')

@@ -106,15 +106,15 @@ def take_in(desk: Desk, files: Iterable[tuple[str, str]]) -> list[Entry]:
     entries: list[Entry] = []
     for name, path in files:
         try:
-            entries.append(desk.studio.import_adapter(uploaded(path), name=Path(name).stem))
+            entries.append(desk.studio.import_adapter(uploaded(path)))
         except IntarsiaError as error:
             gr.Warning(
-                f'{esc(error.message)}<div class="hint">{esc(error.hint)}</div>',
+                f'<b>{esc(name)}</b>: {esc(error.message)}<div class="hint">{esc(error.hint)}</div>',
                 duration=TOAST_SECONDS,
-                title=f"Refused: {esc(name)}",
+                title="Refused",
             )
     for entry in entries:
-        gr.Info(esc(matched(entry)), title=f"{esc(entry.name)} is in the library", duration=6)
+        gr.Info(f"<b>{esc(entry.name)}</b>: {esc(matched(entry))}", title="In the library", duration=6)
     return entries
 
 

@@ -39,7 +39,7 @@ def live(desk: Desk, job: Job | None) -> str:
     parts = [
         f'<header class="run-head"><h3>{esc(name)}</h3>{state_chip(job)}</header>',
         numbers(job, watch),
-        "" if job.finished_already else status_line(job, watch),
+        "" if job.finished_already else status_line(job, watch, brief=True),
         ending(job, watch),
         results(desk, watch),
         samples(watch),
