@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,17 +12,33 @@ import typer
 from ..pipelines.errors import InputError
 from ..pipelines.options import OptionInfo
 
-TYPES: Mapping[str, type] = {"bool": bool, "int": int, "float": float}
+SHOWN = {"int": "INTEGER", "float": "NUMBER"}  # how --help names the value of each kind of option
 
 
 def flags(options: Iterable[OptionInfo]) -> list[inspect.Parameter]:
-    """Make one keyword parameter per option; None stands for "not given", so that defaults stay in the schema."""
-    return [flag(option.name, TYPES.get(option.kind, str), explain(option)) for option in options]
+    """Make one keyword parameter per option.
+
+    None stands for "not given", so that defaults stay in the schema; numbers stay text, so that the schema reads and
+    refuses them in the same words everywhere.
+    """
+    made: list[inspect.Parameter] = []
+    for option in options:
+        if option.kind == "bool":
+            made.append(flag(option.name, bool, explain(option)))
+        else:
+            made.append(flag(option.name, str, explain(option), shown=SHOWN.get(option.kind, "TEXT")))
+    return made
 
 
-def flag(name: str, kind: Any, help: str, *spellings: str) -> inspect.Parameter:  # noqa: ANN401 - any type expression
+def flag(
+    name: str,
+    kind: Any,  # noqa: ANN401 - any type expression
+    help: str,
+    spelling: str | None = None,
+    shown: str | None = None,
+) -> inspect.Parameter:
     """Make one optional keyword parameter that typer turns into `--name`."""
-    shown = {int: "INTEGER", float: "NUMBER", bool: None, Path: "PATH", list[Path]: "PATH"}.get(kind, "TEXT")
+    spellings = () if spelling is None else (spelling,)
     made = typer.Option(*spellings, help=help, show_default=False, metavar=shown)
     annotation = Annotated[kind | None, made]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

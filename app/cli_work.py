@@ -27,8 +27,8 @@ def add_generate(app: typer.Typer) -> None:
     """Register `generate`."""
     parameters = [
         *flags(GENERATE),
-        flag("adapter", list[str], "Library name or file, with :WEIGHT if not 1; may be repeated."),
-        flag("out", Path, "Where to write the picture; several are numbered."),
+        flag("adapter", list[str], "Library name or file, with :WEIGHT if not 1; may be repeated.", shown="NAME"),
+        flag("out", Path, "Where to write the picture; several are numbered.", shown="FILE"),
         MACHINE,
     ]
 
@@ -59,11 +59,16 @@ def _add_recipe(group: typer.Typer, name: str, title: str, options: type[Any]) -
     own = describe(options)
     parameters = [
         *flags(TRAIN),
-        flag("image", list[Path], "A picture to learn from; may be repeated."),
-        flag("images", Path, "A folder or a zip of pictures, with captions in .txt files."),
-        flag("caption", list[str], "What the picture shows: one for all, or one per --image."),
+        flag("image", list[Path], "A picture to learn from; may be repeated.", shown="FILE"),
+        flag("images", Path, "A folder or a zip of pictures, with captions in .txt files.", shown="PATH"),
+        flag("caption", list[str], "What the picture shows: one for all, or one per --image.", shown="TEXT"),
         *flags(own),
-        flag("resume", str, "Go on from a stopped or interrupted job: its id, or the folder of its checkpoint."),
+        flag(
+            "resume",
+            str,
+            "Go on from a stopped or interrupted job: its id, or the folder of its checkpoint.",
+            shown="JOB",
+        ),
         MACHINE,
     ]
 
@@ -95,9 +100,10 @@ def adapter_use(text: str) -> AdapterUse:
 
 def _training_request(studio: Studio, values: dict[str, Any], given: Mapping[str, Any]) -> tuple[TrainRequest, str]:
     if given["resume"]:
-        resumed = _resumed(studio, given["resume"])
-        if resumed is not None:
-            return resumed
+        job_id = _job_meant(studio, given["resume"])
+        if job_id:
+            old = studio.resumed(job_id).model_dump()
+            return TrainRequest.parse(old | values | {"options": old["options"] | values["options"]}), job_id
         values["resume_from"] = str(Path(given["resume"]).absolute())
     pictures = [TrainingPicture(path=str(path.absolute())) for path in given["image"] or ()]
     if given["images"] is not None:
@@ -116,16 +122,16 @@ def _training_request(studio: Studio, values: dict[str, Any], given: Mapping[str
     return TrainRequest.parse(values | {"pictures": pictures}), ""
 
 
-def _resumed(studio: Studio, text: str) -> tuple[TrainRequest, str] | None:
-    """Find the job meant by an id or by the folder of a job; None for a checkpoint of elsewhere."""
-    path = Path(text)
-    known = {job.id for job in studio.jobs(limit=100_000)}
-    for name in (text, path.absolute().name, path.absolute().parent.name):
+def _job_meant(studio: Studio, text: str) -> str:
+    """Find the job meant by an id or by the folder of a job; "" for a checkpoint of elsewhere."""
+    path = Path(text).absolute()
+    known = {job.id for job in studio.jobs(limit=100_000, kind="train")}
+    for name in (text, path.name, path.parent.name):
         if name in known:
-            return studio.resumed(name), name
+            return name
     if not path.is_dir():
         raise InputError(f"{text} is neither a job nor a folder with a checkpoint.", "Give a job's id.")
-    return None
+    return ""
 
 
 def _work(
