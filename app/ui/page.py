@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from typing import Any
 
 import gradio as gr
@@ -15,10 +13,8 @@ from ..studio import Studio
 from . import rack, tab_generate, tab_library, tab_runs, tab_train
 from .desk import CALM, Desk, Seen, shown, toast, uploaded
 from .pieces import MOTIF, esc
-from .theme import head, text, theme
 from .watch import Watcher
 
-UPLOAD_LIMIT = "2gb"
 TICK = 0.4  # seconds between two looks at the job store
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -187,47 +183,3 @@ def _trouble(desk: Desk, seen: Seen) -> str:
     over = sorted(seen.unfinished - active)
     seen.unfinished = active | set(over[1:])
     return f"{over[0]} ended" if over and desk.studio.job(over[0]).state in ("failed", "interrupted") else ""
-
-
-def launch(studio: Studio, host: str = "127.0.0.1", port: int = 7860, open_browser: bool = True) -> str:
-    """Serve the page without blocking.
-
-    Args:
-        studio: Started already.
-        host: Address to listen on; anything but the loopback address shows the studio to the network.
-        port: Port to listen on; it must be free.
-        open_browser: Open the page in the person's browser.
-
-    Returns:
-        The page's address.
-    """
-    home = studio.home
-    cache = home.root / "cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    os.environ["GRADIO_TEMP_DIR"] = str(cache)  # uploads beside everything else, not in a shared folder
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    page = build(studio).queue(max_size=64, default_concurrency_limit=8)
-    with as_file(files("intarsia.assets") / "favicon.png") as favicon:
-        _, address, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            inbrowser=open_browser,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            allowed_paths=[str(home.outputs), str(home.root / "jobs")],
-            max_file_size=UPLOAD_LIMIT,
-            ssr_mode=False,
-            strict_cors=True,
-            enable_monitoring=False,
-            run_history=False,
-            show_error=False,
-            footer_links=[],
-            pwa=False,
-            mcp_server=False,
-            favicon_path=str(favicon),
-            theme=theme(),
-            css=text("studio.css"),
-            head=head(),
-        )
-    return address
