@@ -130,7 +130,9 @@ def _open_checked(path: Path) -> tuple[int, bytes]:
         start = file.read(64)
     if size == 0:
         raise AdapterError(f"{path.name} is empty.", "Download it again.")
-    if start.startswith(b"PK\x03\x04") or start[:1] == b"\x80" or path.suffix.lower() in PICKLES:
+    # A header whose length ends in 0x80 starts like a pickle too, but has its "{" in the ninth place.
+    pickle = start[:1] == b"\x80" and start[8:9] != b"{"
+    if start.startswith(b"PK\x03\x04") or pickle or path.suffix.lower() in PICKLES:
         kind = "a zip or PyTorch pickle" if start.startswith(b"PK") else "a pickle"
         raise AdapterError(f"{path.name} is {kind} and could run code when opened; it is not read.", CONVERT)
     if start.startswith(b"version https://git-lfs"):
@@ -142,7 +144,7 @@ def _open_checked(path: Path) -> tuple[int, bytes]:
         raise AdapterError(f"{path.name} has {size:,} bytes; at most {MAX_FILE:,} are read.")
     if size < 10:
         raise AdapterError(f"{path.name} is too short for a safetensors file: it was cut off.", "Download it again.")
-    if start[8:9] not in (b"{", b" "):
+    if start[8:9] != b"{":
         raise AdapterError(f"{path.name} is not a safetensors file.", "Choose a file that ends in .safetensors.")
     return size, start
 
