@@ -3,45 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from intarsia.pipelines.events import CancelToken, Event
+from intarsia.pipelines.models import Model
+from intarsia.pipelines.models import load as load_model
 from intarsia.pipelines.requests import TrainingPicture, TrainRequest
-from intarsia.pipelines.sources import ModelSource, resolve
+from intarsia.pipelines.sources import resolve
 from intarsia.training.run import train
 from PIL import Image, ImageDraw
 
 Tiny = Callable[..., Path]
 
 
-@dataclass
-class LoadedModel:
-    """What training uses of a model, loaded with plain diffusers."""
-
-    source: ModelSource
-    components: dict[str, Any]
-    native_size: tuple[int, int] = (64, 64)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def denoiser(self) -> Any:  # noqa: ANN401
-        return self.components["unet"]
-
-
-def load(folder: Path) -> Any:  # noqa: ANN401 - stands in for pipelines.models.Model
-    """Load a tiny pipeline for training."""
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder)
-    components = {name: part for name, part in pipeline.components.items() if part is not None}
-    for part in components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval().requires_grad_(False)
-    return LoadedModel(resolve(str(folder)), components)
+def load(folder: Path) -> Model:
+    """Load a tiny pipeline onto the CPU."""
+    return load_model(resolve(str(folder)))
 
 
 def picture(path: Path, size: tuple[int, int] = (64, 64), seed: int = 0) -> Path:
@@ -59,7 +38,7 @@ def request(recipe: str, pictures: list[Path], **options: Any) -> TrainRequest: 
     return TrainRequest(recipe=recipe, name="thing", pictures=given, seed=3, options=quick | options)
 
 
-def run(asked: TrainRequest, model: Any, folder: Path, token: CancelToken | None = None) -> list[Event]:  # noqa: ANN401
+def run(asked: TrainRequest, model: Model, folder: Path, token: CancelToken | None = None) -> list[Event]:
     """Train to the end and give the events."""
     return list(train(asked, model, folder, token or CancelToken()))
 
@@ -69,7 +48,7 @@ def losses(events: list[Event]) -> list[float]:
     return [event.value for event in events if event.type == "metric" and event.name == "loss"]
 
 
-def snapshot(model: Any) -> dict[str, Any]:  # noqa: ANN401
+def snapshot(model: Model) -> dict[str, Any]:
     """Everything of a denoiser that training might leave behind: modules, tensors, flags, modes, attributes."""
     denoiser = model.denoiser
     return {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,11 @@ from ..pipelines.errors import InputError
 from ..pipelines.events import CancelToken, Event, Notice, Progress
 from ..pipelines.picture import open_picture
 from ..pipelines.requests import TrainingPicture
-from ..pipelines.sources import ModelSource
 from . import data
 from .recipe import Settings
+
+if TYPE_CHECKING:
+    from ..pipelines.models import Model
 
 NOTABLE = 1.25  # enlarging by less is not worth a word
 CROPS = 4  # random crops kept of each picture: enough to vary, few enough to keep in memory
@@ -49,6 +50,9 @@ class Text:
     tokens: Tensor
     pooled: Tensor | None
 
+    def to(self, device: torch.device) -> Text:
+        return Text(self.tokens.to(device), None if self.pooled is None else self.pooled.to(device))
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -59,36 +63,35 @@ class Cache:
 
 
 def encode(
-    components: Mapping[str, Any],
+    model: Model,
     pictures: Sequence[TrainingPicture],
     prompts: Sequence[str],
     settings: Settings,
     seed: int,
     token: CancelToken,
-    zero_when_empty: bool = False,
 ) -> Generator[Event, None, Cache]:
     """Encode everything; yields progress, returns the cache.
 
     Args:
-        components: Of the pipeline, on their device.
+        model: On its device; the cache goes there too.
         pictures: To learn from.
         prompts: One for each picture.
         settings: Resolution, cropping, mirroring.
         seed: Random crops follow from it.
         token: Checked once per picture.
-        zero_when_empty: The model was made with zeros for "no caption", not with the empty text's embedding.
 
     Raises:
         InputError: A picture cannot be opened, or its latents are not numbers.
     """
     texts = [*dict.fromkeys(prompts), ""]
+    components, device = model.components, model.device
     encoded, cut = encode_prompts(components, texts)
-    if zero_when_empty:
+    encoded = [text.to(device) for text in encoded]
+    if components["settings"].get("force_zeros_for_empty_prompt"):  # how SDXL was taught to go without a caption
         last = encoded[-1]
         encoded[-1] = Text(last.tokens * 0, None if last.pooled is None else last.pooled * 0)
     for text in cut:
         yield Notice(text=f"The model reads only the first 75 tokens of the caption {text[:60]!r}...")
-    device = encoded[0].tokens.device
     step = pixel_step(components)
     examples: list[Example] = []
     for index, picture in enumerate(pictures):
@@ -107,6 +110,7 @@ def encode(
             raise InputError(f"The model's autoencoder gives no numbers for {picture.path}.", "Leave that picture out.")
         if plans[0].enlarged > NOTABLE:
             yield Notice(text=f"{_name(picture)} is small and was enlarged {plans[0].enlarged:.1f} times.")
+        mean, deviation = mean.to(device), None if deviation is None else deviation.to(device)
         examples.append(Example(mean, deviation, ids, size, texts.index(prompts[index])))
         yield Progress(stage="encode", step=index + 1, total=len(pictures))
     return Cache(tuple(examples), tuple(encoded))
@@ -114,13 +118,6 @@ def encode(
 
 def _name(picture: TrainingPicture) -> str:
     return picture.path.replace("\\", "/").rpartition("/")[2]
-
-
-def zero_when_empty(source: ModelSource) -> bool:
-    """Read whether a model stands for "no caption" with zeros, as SDXL does unless its folder says otherwise."""
-    path = source.path / "model_index.json" if source.path is not None and source.path.is_dir() else None
-    index = json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
-    return bool(index.get("force_zeros_for_empty_prompt", source.family == "sdxl"))
 
 
 def pixel_step(components: Mapping[str, Any]) -> int:

@@ -19,11 +19,11 @@ from ..pipelines.errors import InputError, MemoryLimitError
 from ..pipelines.events import Artifact, Cancelled, CancelToken, Event, Notice, Stage
 from ..pipelines.requests import TrainingPicture, TrainRequest
 from . import checkpoint, data
-from .encode import Cache, encode, zero_when_empty
+from .encode import Cache, encode
 from .layers import TrainedLayers, linear_layers, trainable
 from .loop import Task, Trainer, run
 from .recipe import ModelFacts, Settings, TrainingOptions, TrainingRecipe, recipes
-from .samples import Sampler
+from .samples import Sampler, set_aside
 from .schedule import NoiseSchedule
 
 if TYPE_CHECKING:
@@ -80,10 +80,7 @@ def train(request: TrainRequest, model: Model, folder: Path, token: CancelToken)
         yield Notice(text=text)
     with memory_explained(plan, model.device):
         yield Stage(name="encode", detail="Encoding pictures and captions")
-        cache = yield from encode(
-            model.components, plan.pictures, plan.prompts, plan.settings, request.seed, token,
-            zero_when_empty(model.source),
-        )  # fmt: skip
+        cache = yield from encode(model, plan.pictures, plan.prompts, plan.settings, request.seed, token)
         layers = yield from _learn(plan, model, cache, folder, token)
     yield Stage(name="save")
     yield from _write(plan, model, layers, folder)
@@ -127,7 +124,11 @@ def _learn(
     )  # fmt: skip
     prompt = plan.options.sample_prompt or plan.prompts[0]
     sampler = Sampler(prompt, request.seed, plan.options.sample_every, settings.steps, folder)
-    with trainable(denoiser, settings.ranks, settings.scale, request.seed, plan.options.save_memory) as layers:
+    with (
+        set_aside(model),
+        trainable(denoiser, settings.ranks, settings.scale, request.seed, plan.options.save_memory) as layers,
+    ):
+        denoiser.to(model.device)  # with CPU offload it may rest on the CPU, its new layers too
         trainer = Trainer(denoiser, layers, task)
         start = 0
         if request.resume_from:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from ..pipelines.events import Artifact, CancelToken, Event, Stage
 from ..pipelines.hooks import Step
@@ -66,11 +69,33 @@ class Sampler:
         from ..pipelines.image import render
 
         yield Stage(name="sample", detail=self.prompt)
-        image = render(
-            model, self.prompt, seed=self.seed, steps=STEPS, guidance=GUIDANCE, hooks=(StopHook(token),)
-        )[0]  # fmt: skip
+        with set_aside(model, there=True):
+            image = render(
+                model, self.prompt, seed=self.seed, steps=STEPS, guidance=GUIDANCE, hooks=(StopHook(token),)
+            )[0]  # fmt: skip
         path = self.folder / f"sample-{step:06d}.png"
         temporary = path.with_name(f".{path.name}")
         image.save(temporary, format="PNG")
         temporary.replace(path)
         yield Artifact(kind="sample", path=str(path), label=self.prompt, step=step)
+
+
+@contextmanager
+def set_aside(model: Model, there: bool = False) -> Generator[None]:
+    """Keep autoencoder and text encoders off the accelerator for a while: training works on what they gave.
+
+    Args:
+        model: Changed for the time of the context; nothing happens on a CPU or with CPU offload.
+        there: The other way round, for a sample picture within the time.
+    """
+    parts = (
+        [] if model.device.type == "cpu" or model.offload else [*model.text_encoders.values(), model.components["vae"]]
+    )
+    away, home = (model.device, torch.device("cpu")) if there else (torch.device("cpu"), model.device)
+    try:
+        for part in parts:
+            part.to(away)
+        yield
+    finally:
+        for part in parts:
+            part.to(home)

@@ -11,18 +11,19 @@ import torch
 from intarsia.pipelines.adapter_types import LowRank
 from intarsia.pipelines.errors import InputError
 from intarsia.pipelines.events import Artifact, Cancelled, CancelToken
+from intarsia.pipelines.models import Model
 from intarsia.pipelines.options import describe
 from intarsia.pipelines.requests import TrainingPicture
 from intarsia.training.layers import linear_layers
 from intarsia.training.recipe import ModelFacts, recipes
 from intarsia.training.run import train
 from safetensors.torch import load_file
-from training_fakes import LoadedModel, Tiny, assert_same, load, losses, picture, request, run, snapshot
+from training_fakes import Tiny, assert_same, load, losses, picture, request, run, snapshot
 
 RECIPES = sorted(recipes())
 
 
-def facts(model: LoadedModel, family: str = "sdxl") -> ModelFacts:
+def facts(model: Model, family: str = "sdxl") -> ModelFacts:
     return ModelFacts(family, linear_layers(model.denoiser), 32, 64, 1)
 
 

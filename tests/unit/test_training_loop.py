@@ -13,6 +13,7 @@ import pytest
 import torch
 from intarsia.pipelines.errors import InputError, IntarsiaError, MemoryLimitError
 from intarsia.pipelines.events import Artifact, Cancelled, CancelToken, Event
+from intarsia.pipelines.models import Model
 from intarsia.pipelines.requests import TrainingPicture, TrainRequest
 from intarsia.training import checkpoint, loop
 from intarsia.training.encode import Cache, encode, encode_pixels, encode_prompts
@@ -39,10 +40,10 @@ def assert_equal(first: dict[str, dict[str, torch.Tensor]], second: dict[str, di
 
 
 @contextmanager
-def trainer_for(asked: TrainRequest, model: Any) -> Generator[loop.Trainer]:  # noqa: ANN401
+def trainer_for(asked: TrainRequest, model: Model) -> Generator[loop.Trainer]:
     """A trainer as `train` makes it."""
     plan = resolve(asked, model, asked.pictures)
-    work = encode(model.components, plan.pictures, plan.prompts, plan.settings, asked.seed, CancelToken())
+    work = encode(model, plan.pictures, plan.prompts, plan.settings, asked.seed, CancelToken())
     cache: Cache
     while True:
         try:
