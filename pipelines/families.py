@@ -21,7 +21,7 @@ class Family:
         text_encoders: Components that read the prompt, in the order the pipeline uses them.
         tokenizers: One for each text encoder.
         pixel_step: Width and height must be multiples of this many pixels.
-        default_size: Side in pixels, used only where the model itself does not say.
+        default_size: (width, height) in pixels, used only where the model itself does not say.
         prediction: "noise" (or v, as the scheduler's settings say) or "flow" (velocity of a straight path).
         negative: Whether guidance compares with a negative prompt; FLUX.1 is distilled and does not.
     """
@@ -33,7 +33,7 @@ class Family:
     text_encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
     pixel_step: int
-    default_size: int
+    default_size: tuple[int, int]
     prediction: Literal["noise", "flow"]
     negative: bool = True
 
@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
             text_encoders=("text_encoder",),
             tokenizers=("tokenizer",),
             pixel_step=8,
-            default_size=512,
+            default_size=(512, 512),
             prediction="noise",
         ),
         Family(
@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {
             text_encoders=("text_encoder", "text_encoder_2"),
             tokenizers=("tokenizer", "tokenizer_2"),
             pixel_step=8,
-            default_size=1024,
+            default_size=(1024, 1024),
             prediction="noise",
         ),
         Family(
@@ -76,7 +76,7 @@ FAMILIES: dict[str, Family] = {
             text_encoders=("text_encoder", "text_encoder_2", "text_encoder_3"),
             tokenizers=("tokenizer", "tokenizer_2", "tokenizer_3"),
             pixel_step=16,
-            default_size=1024,
+            default_size=(1024, 1024),
             prediction="flow",
         ),
         Family(
@@ -87,7 +87,7 @@ FAMILIES: dict[str, Family] = {
             text_encoders=("text_encoder", "text_encoder_2"),
             tokenizers=("tokenizer", "tokenizer_2"),
             pixel_step=16,
-            default_size=1024,
+            default_size=(1024, 1024),
             prediction="flow",
             negative=False,
         ),

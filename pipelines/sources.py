@@ -195,20 +195,40 @@ def hub_snapshot(name: str) -> Path | None:
     return snapshot
 
 
+def native_size(source: ModelSource) -> tuple[int, int]:
+    """The (width, height) in pixels a model was trained for, as its own settings say; else its family's usual size."""
+    family = FAMILIES[source.family]
+    if source.kind == "single_file" or source.path is None:
+        return family.default_size
+    config = _read_json(source.path / family.denoiser / "config.json", f"{source.path} cannot be used")
+    vae = _read_json(source.path / "vae" / "config.json", f"{source.path} cannot be used")
+    size: object = config.get("sample_size")
+    if isinstance(size, list):
+        height, width = cast(list[int], size)[:2]
+    elif isinstance(size, int):
+        height = width = size
+    else:
+        return family.default_size  # FLUX.1 has no size of its own
+    blocks: list[int] = vae.get("block_out_channels") or vae.get("decoder_block_out_channels") or [0] * 4
+    scale = 2 ** (len(blocks) - 1)  # pixels per latent, along one side
+    return width * scale, height * scale
+
+
 def check_weights(source: ModelSource) -> None:
     """Read every weight file's header, so that a damaged copy is named before anything is loaded.
 
     Raises:
         WeightsError: A file is missing, cut off or not a safetensors file.
     """
-    for file in _files(source):
+    for file in source_files(source):
         try:
             read_header(file)
         except AdapterError as error:
             raise WeightsError(f"The model {source.name} is damaged: {error.message}", error.hint) from None
 
 
-def _files(source: ModelSource) -> Iterator[Path]:
+def source_files(source: ModelSource) -> Iterator[Path]:
+    """The weight files of a model that is on this machine."""
     if source.path is None:
         return
     if source.kind == "single_file":
