@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageErro
 
 from . import a1111
 from .a1111 import Restored
+from .atomic import replacing
 from .errors import InputError
 from .requests import GenerateRequest
 
@@ -137,12 +137,8 @@ def write_png(image: Image.Image, path: Path, request: GenerateRequest, extra: M
     text = a1111.write(request, size)
     (info.add_text if _latin(text) else info.add_itxt)("parameters", text)
     info.add_text(CHUNK, json.dumps(chunk, sort_keys=True))  # ASCII: other letters are escaped
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 
