@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from ..pipelines.errors import InputError
 from ..pipelines.events import EVENT, Done, Event, Failed, Interrupted, Stopped
 from ..pipelines.requests import GenerateRequest, Request, TrainRequest
+from ..training.checkpoint import resumable
 from .processes import is_alive, this_process
 from .settings import Home
 
@@ -84,7 +85,7 @@ def checkpoint_of(job: Job) -> Path | None:
     places = [job.folder / "checkpoint"]
     if job.request.resume_from:
         places.append(Path(job.request.resume_from))
-    return next((place for place in places if place.is_dir() and any(place.iterdir())), None)
+    return next((place for place in places if resumable(place)), None)
 
 
 class JobStore:

@@ -78,7 +78,7 @@ def train(request: TrainRequest, model: Model, folder: Path, token: CancelToken)
     plan = resolve(request, model, collected.pictures)
     for text in (*collected.notes, *plan.settings.notices):
         yield Notice(text=text)
-    with memory_explained(plan, model.device):
+    with memory_explained(plan, model.device), closing_down(model):
         yield Stage(name="encode", detail="Encoding pictures and captions")
         cache = yield from encode(model, plan.pictures, plan.prompts, plan.settings, request.seed, token)
         layers = yield from _learn(plan, model, cache, folder, token)
@@ -212,6 +212,15 @@ def fingerprint(denoiser: nn.Module, paths: Mapping[str, int]) -> str:
         values = weight.detach().flatten()[:512].to(torch.bfloat16).view(torch.uint8).cpu()
         digest.update(f"{path}{tuple(weight.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def closing_down(model: Model) -> Generator[None]:
+    """Let a model with CPU offload go back to the CPU, whatever happened."""
+    try:
+        yield
+    finally:
+        model.rest()
 
 
 @contextmanager
