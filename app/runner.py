@@ -73,8 +73,6 @@ class Runner:
         token.check()
         model = self._resident.get(name, self._device, offload=None)
         token.check()
-        for note in model.notes:
-            yield Notice(text=note)
         yield Stage(name="ready", detail=f"{name} on {model.device}, {str(model.dtype).removeprefix('torch.')}")
         return model
 
@@ -82,19 +80,23 @@ class Runner:
         from ..pipelines.image import generate
 
         model = yield from self._model(request.model, token)
-        request, attachments = self._attachments(request)
+        request, attachments = self._attachments(request, model)
         self._store.set_request(job.id, request)
         yield from generate(request, model, attachments, self._store.home.outputs, job.folder, token)
 
-    def _attachments(self, request: GenerateRequest) -> tuple[GenerateRequest, list[Attachment]]:
+    def _attachments(self, request: GenerateRequest, model: Model) -> tuple[GenerateRequest, list[Attachment]]:
+        if not request.adapters:
+            return request, []
         from ..pipelines.adapter_file import read_adapter
         from ..pipelines.attach import Attachment
+        from ..pipelines.sources import unet_shapes
 
+        shapes = unet_shapes(model.source)
         attachments: list[Attachment] = []
         uses = list(request.adapters)
         for index, use in enumerate(uses):
             entry = self._shelf.find(use.adapter)
-            adapter = read_adapter(entry.path)
+            adapter = read_adapter(entry.path, shapes)
             uses[index] = use.model_copy(update={"sha256": adapter.sha256})
             attachments.append(Attachment(entry.name, adapter, use.weight))
         return request.model_copy(update={"adapters": tuple(uses)}), attachments
@@ -103,6 +105,8 @@ class Runner:
         from ..training.run import train
 
         model = yield from self._model(request.model, token)
+        for note in model.notes:
+            yield Notice(text=note)
         sample: Path | None = None
         for event in train(request, model, job.folder, token):
             if isinstance(event, Artifact) and event.kind == "adapter":

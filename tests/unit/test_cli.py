@@ -203,7 +203,7 @@ def test_a_trained_pair_is_used_stopped_and_resumed_from_the_command_line(
     events: list[dict[str, Any]] = []
     for line in child.stdout:
         events.append(json.loads(line))
-        if events[-1].get("type") == "metric" and events[-1]["step"] == 3:
+        if (events[-1]["type"], events[-1].get("name"), events[-1].get("step")) == ("metric", "loss", 3):
             child.send_signal(signal.SIGINT)
     assert child.wait(30) == 130
     assert [event["type"] for event in events[-2:]] == ["stopped", "result"]

@@ -15,6 +15,7 @@ from intarsia.app.jobs import JobStore
 from intarsia.app.processes import this_process
 from intarsia.app.runner import Runner, perform, shortage
 from intarsia.app.settings import Home
+from intarsia.pipelines import sources
 from intarsia.pipelines.errors import Cancelled, InputError
 from intarsia.pipelines.events import (
     Artifact,
@@ -35,7 +36,9 @@ Work = Callable[..., Iterator[Event]]
 
 class FakeResident:
     def get(self, name: str, device: str, offload: bool | None) -> SimpleNamespace:
-        return SimpleNamespace(name=name, device=device, dtype="torch.float32", notes=("Chosen: float32.",))
+        return SimpleNamespace(
+            name=name, device=device, dtype="torch.float32", notes=("Chosen: float32.",), source=name
+        )
 
 
 class FakeShelf:
@@ -72,6 +75,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
 
     def make(work: Work) -> None:
         put("intarsia.pipelines.image", generate=work)
+        monkeypatch.setattr(sources, "unet_shapes", "shapes of {}".format)
         put("intarsia.training.run", train=work)
         put("intarsia.pipelines.attach", Attachment=attach)
         put("intarsia.pipelines.adapter_file", read_adapter=read)
@@ -83,7 +87,8 @@ def attach(name: str, adapter: SimpleNamespace, weight: float) -> tuple[str, str
     return name, adapter.sha256, weight
 
 
-def read(path: Path) -> SimpleNamespace:
+def read(path: Path, shapes: str) -> SimpleNamespace:
+    assert shapes == "shapes of mini", "an adapter is read against the model it is for"
     return SimpleNamespace(sha256=f"sha of {path.name}")
 
 
@@ -109,8 +114,8 @@ ASK = GenerateRequest(prompt="x", seed=1)
 def test_work_that_ends_is_done(store: JobStore, install: Callable[[Work], None]) -> None:
     install(lambda *_: iter([Artifact(kind="picture", path="/a.png")]))
     events = run(store, ASK)
-    assert [event.type for event in events] == ["stage", "notice", "stage", "artifact", "done"]
-    assert events[2] == Stage(name="ready", detail="mini on cpu, float32")
+    assert [event.type for event in events] == ["stage", "stage", "artifact", "done"]
+    assert events[1] == Stage(name="ready", detail="mini on cpu, float32")
     assert store.jobs()[0].state == "done"
 
 

@@ -167,7 +167,9 @@ def test_a_trained_adapter_enters_the_library_and_makes_pictures(
     entry = studio.shelf.find("kitten")
     assert str(entry.path) == made[0].path
     job = studio.submit(small(model, adapters=[AdapterUse(adapter="kitten", weight=0.5)]))
-    assert isinstance(finish(studio, job)[-1], Done)
+    events = finish(studio, job)
+    assert isinstance(events[-1], Done), events[-1]
+    assert any(isinstance(event, Notice) and "modules matched" in event.text for event in events)
     request = studio.job(job.id).request
     assert isinstance(request, GenerateRequest) and request.adapters[0].sha256 == entry.sha256
 
