@@ -118,8 +118,8 @@ class Shelf:
             shutil.copyfile(path, temporary)
             if hashes(read_header(temporary))[0] != report.sha256:
                 raise AdapterError(f"{path.name} changed while it was copied.", "Try again.")
-        entry = _entry(slug, target, report, group, self._thumbnail(slug, report, thumbnail))
-        self._store(entry)
+            entry = _entry(slug, target, report, group, self._thumbnail(slug, report, thumbnail))
+            self._store(entry)  # before the file takes its place: what cannot be listed is not kept
         return entry
 
     def entries(self) -> list[Entry]:
@@ -221,7 +221,7 @@ class Shelf:
         values = asdict(entry)
         values["path"] = entry.path.name  # relative: a home may be moved
         values["thumbnail"] = entry.thumbnail.name if entry.thumbnail else None
-        with _disk(entry.name), self._open() as database:
+        with self._open() as database:
             database.execute(
                 "INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?)",
                 (entry.name, entry.sha256, entry.path.name, entry.created, json.dumps(values)),

@@ -32,17 +32,6 @@ class Attachment:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
-class Matched:
-    """How much of an adapter found its place; all of it, or attaching has failed."""
-
-    matched: int
-    modules: int
-
-    def __str__(self) -> str:
-        return f"{self.matched} of {self.modules} modules matched"
-
-
 class _Site:
     """One layer of the model with the branches of every adapter that touches it."""
 
@@ -90,10 +79,10 @@ class Branches:
     Args:
         sites: Every touched layer.
         weights: Weight by adapter name.
-        matched: What matched, by adapter name.
+        matched: By adapter name, a line that says how many of its modules matched: all, or attaching has failed.
     """
 
-    def __init__(self, sites: Sequence[_Site], weights: Mapping[str, float], matched: Mapping[str, Matched]) -> None:
+    def __init__(self, sites: Sequence[_Site], weights: Mapping[str, float], matched: Mapping[str, str]) -> None:
         self._sites = sites
         self._weights = dict(weights)
         self._active = frozenset(weights)
@@ -164,7 +153,7 @@ def attached(components: Mapping[str, nn.Module], attachments: Sequence[Attachme
     """
     _check_weights({attachment.name: attachment.weight for attachment in attachments})
     sites: dict[int, _Site] = {}
-    matched: dict[str, Matched] = {}
+    matched: dict[str, str] = {}
     for attachment in attachments:
         if attachment.name in matched:
             raise AdapterError(f"{attachment.name} is attached twice.", "Give it once, with the sum of the weights.")
@@ -172,7 +161,9 @@ def attached(components: Mapping[str, nn.Module], attachments: Sequence[Attachme
         for name, module in found.items():
             site = sites.setdefault(id(module), _Site(module))
             site.branches[attachment.name] = _shaped(attachment.adapter.layers[name], module)
-        matched[attachment.name] = Matched(len(found), len(attachment.adapter.layers))
+        matched[attachment.name] = (
+            f"{attachment.name}: {len(found)} of {len(attachment.adapter.layers)} modules matched"
+        )
     weights = {attachment.name: attachment.weight for attachment in attachments}
     branches = Branches(tuple(sites.values()), weights, matched)
     handles: list[RemovableHandle] = []

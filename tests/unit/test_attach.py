@@ -134,7 +134,7 @@ def test_weights_and_active_adapters_change_between_two_steps() -> None:
 
 def test_the_count_of_matched_modules_is_said() -> None:
     with attached({"unet": Small()}, [Attachment("a", adapter())]) as branches:
-        assert str(branches.matched["a"]) == "3 of 3 modules matched"
+        assert branches.matched["a"] == "a: 3 of 3 modules matched"
 
 
 def state(model: nn.Module) -> list[Any]:
