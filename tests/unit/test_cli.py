@@ -61,10 +61,8 @@ def assert_refused(result: subprocess.CompletedProcess[str], *words: str) -> Non
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from fakes import tiny_pipeline
-
-    return str(tiny_pipeline("sdxl", tmp_path_factory.mktemp("sdxl"), 0, "vpred"))
+def model(tiny: Callable[..., Path]) -> str:
+    return str(tiny("sdxl", variant="vpred"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from intarsia.app.processes import is_alive, pid_of
 from intarsia.app.settings import Home
 from intarsia.app.studio import Job, Studio
 from intarsia.pipelines.errors import IntarsiaError
-from intarsia.pipelines.events import Artifact, Done, Event, Failed, Interrupted, Metric, Progress, Stopped
+from intarsia.pipelines.events import Artifact, Done, Event, Failed, Interrupted, Metric, Notice, Progress, Stopped
 from intarsia.pipelines.requests import AdapterUse, GenerateRequest, TrainingPicture, TrainRequest
 from PIL import Image
 
@@ -26,7 +26,7 @@ WAIT = 120.0  # seconds a worker may need to load torch on a busy machine
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     """One studio with one worker for all tests of this file: loading torch takes seconds."""
-    with Studio(Home(tmp_path_factory.mktemp("home")), linger=0.2).start() as made:
+    with Studio(Home(tmp_path_factory.mktemp("home")), linger=2).start() as made:
         yield made
         worker = made.store.worker("auto")
     if worker is not None:
@@ -34,10 +34,8 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from fakes import tiny_pipeline
-
-    return str(tiny_pipeline("sdxl", tmp_path_factory.mktemp("sdxl"), 0, "vpred"))
+def model(tiny: Callable[..., Path]) -> str:
+    return str(tiny("sdxl", variant="vpred"))
 
 
 @pytest.fixture
@@ -259,6 +257,7 @@ def test_a_worker_that_cannot_start_fails_the_waiting_jobs(
 IDLE = """
 import sys, time
 from pathlib import Path
+import psutil
 from intarsia.app.settings import Home
 from intarsia.app.studio import Studio
 with Studio(Home(Path(sys.argv[1])), linger=0).start() as studio:
