@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from intarsia.pipelines.sources import resolve
+from intarsia.pipelines.sources import native_size, resolve
 from peft import LoraConfig
 from PIL import Image
 from PIL.ImageOps import exif_transpose
@@ -76,12 +76,12 @@ def collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def load(model: str) -> Parts:
-    """Load a folder with plain diffusers; it says its own size as SDXL pipelines do (`default_sample_size`)."""
+    """Load a folder with plain diffusers; the resolution is the one Intarsia trains at."""
     source = resolve(model)
     if source.path is None:
         raise SystemExit("The benchmark wants a model that is a folder.")
     pipeline: Any = StableDiffusionXLPipeline.from_pretrained(source.path)
-    return Parts(pipeline, pipeline.default_sample_size * pipeline.vae_scale_factor)
+    return Parts(pipeline, min(native_size(source)))
 
 
 def linear_layers(unet: nn.Module) -> dict[str, tuple[int, ...]]:
