@@ -86,21 +86,26 @@ def _folder(source: ModelSource, family: Family, dtype: torch.dtype) -> Any:  # 
     )
 
 
-def _single_file(source: ModelSource, family: Family, dtype: torch.dtype, config: Path | None = None) -> Any:  # noqa: ANN401
+def config_folder(family: str) -> Path:
+    """The published settings of a family whose models come in single files."""
+    return Path(str(files("intarsia.assets").joinpath("configs", family)))
+
+
+def _single_file(source: ModelSource, family: Family, dtype: torch.dtype) -> Any:  # noqa: ANN401
     assert source.path is not None
-    config = config or Path(str(files("intarsia.assets").joinpath("configs", family.name)))
+    config = config_folder(family.name)
     tokenizers = {name: clip_tokenizer("!" if name == "tokenizer_2" else "<|endoftext|>") for name in family.tokenizers}
     return getattr(D, family.pipeline_class).from_single_file(
         str(source.path),
         config=str(config),
         local_files_only=True,
         dtype=dtype,
-        scheduler=_scheduler(config, source.path),
+        scheduler=_scheduler(config, family, source.path),
         **tokenizers,
     )
 
 
-def _scheduler(config: Path, checkpoint: Path) -> Any:  # noqa: ANN401
+def _scheduler(config: Path, family: Family, checkpoint: Path) -> Any:  # noqa: ANN401
     """The family's scheduler, told what the checkpoint's marker tensors say of its training."""
     found = read_header(checkpoint).tensors
     changes: dict[str, Any] = {}
@@ -108,7 +113,7 @@ def _scheduler(config: Path, checkpoint: Path) -> Any:  # noqa: ANN401
         changes["prediction_type"] = "v_prediction"
     if "ztsnr" in found:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    kind = D.PNDMScheduler if config.name == "sd15" else D.EulerDiscreteScheduler
+    kind = D.PNDMScheduler if family.name == "sd15" else D.EulerDiscreteScheduler
     if "ztsnr" in found and kind is D.PNDMScheduler:
         kind = D.DDIMScheduler  # PNDM cannot start from pure noise
     return kind.from_config(kind.load_config(config, subfolder="scheduler"), **changes)

@@ -17,7 +17,8 @@ import transformers
 D: Any = diffusers  # the annotations of both libraries are too narrow for their own configurations
 T: Any = transformers
 
-WIDTH = 32  # of every text encoder but the T5 of sd3, which must hold two CLIPs side by side
+WIDTH = 32  # of every text encoder but two: the T5 of sd3 must hold two CLIPs side by side, and
+WIDER = 48  # single files tell the two CLIPs of SDXL apart by their width
 WORDS = ("a ", "apple ", "cat ", "red ", "blue ", "dog ", "style ", "photo ", "of ", "in ", "sks ")
 
 
@@ -77,14 +78,14 @@ def _byte_letters() -> list[str]:
     return [chr(code if code in kept else next(spare)) for code in range(256)]
 
 
-def _clip(kind: type[Any], tokenizer: Any) -> Any:  # noqa: ANN401
+def _clip(kind: type[Any], tokenizer: Any, width: int = WIDTH) -> Any:  # noqa: ANN401
     config = T.CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=3,
         num_attention_heads=4,
-        projection_dim=WIDTH,
+        projection_dim=width,
         max_position_embeddings=77,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -176,16 +177,16 @@ def _sdxl(variant: str) -> Any:  # noqa: ANN401
         layers_per_block=2,
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(2, 4, 4),
-        cross_attention_dim=2 * WIDTH,
+        cross_attention_dim=WIDTH + WIDER,
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=6 * 8 + WIDTH,
+        projection_class_embeddings_input_dim=6 * 8 + WIDER,
     )
     return D.StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=_clip(T.CLIPTextModel, tokenizer),
-        text_encoder_2=_clip(T.CLIPTextModelWithProjection, tokenizer),
+        text_encoder_2=_clip(T.CLIPTextModelWithProjection, tokenizer, WIDER),
         tokenizer=tokenizer,
         tokenizer_2=clip_tokenizer(),
         unet=_attentive(unet),
