@@ -88,7 +88,9 @@
         if (text === "" || !Number.isFinite(weight)) { number.value = use.weight; return; }
         commit((uses) => { uses[index].weight = weight; });
       };
-      range.addEventListener("input", () => { number.value = range.value; });
+      const fill = () => range.style.setProperty("--range_progress", `${100 * (Number(range.value) + 1) / 3}%`);
+      range.addEventListener("input", () => { number.value = range.value; fill(); });
+      fill();
       range.addEventListener("change", () => set(range.value));
       number.addEventListener("change", () => set(number.value));
       row.append(range, number);

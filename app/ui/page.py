@@ -15,7 +15,7 @@ from .desk import CALM, Desk, Seen, shown, toast, uploaded
 from .pieces import MOTIF, esc
 from .watch import Watcher
 
-TICK = 0.4  # seconds between two looks at the job store
+BUSY, IDLE = 0.4, 1.0  # seconds between two looks at the job store
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -159,6 +159,7 @@ def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> N
             seen.fresh("library", tab_library.shelf_html(desk)),
             {**value, "shelf": rows} if changed else gr.skip(),
             news or gr.skip(),
+            _pace(seen),
         ]
 
     def announce(news: str) -> None:
@@ -171,10 +172,16 @@ def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> N
                 way = "Resume it from its last checkpoint." if job.resumable else "Start it again."
                 raise toast(InputError("The process that did the work ended before it was done.", way), "Interrupted")
 
-    timer = gr.Timer(TICK)
-    outputs = [*places, tabs.generate.rack, shared.trouble]
+    timer = gr.Timer(BUSY)
+    outputs = [*places, tabs.generate.rack, shared.trouble, timer]
     gr.on([timer.tick, page.load], tick, [shared.seen, tabs.generate.rack], outputs, trigger_mode="once", **CALM)
     shared.trouble.change(announce, shared.trouble, None, **CALM)
+
+
+def _pace(seen: Seen) -> Any:  # noqa: ANN401 - an update, or "leave as it is"
+    """Look often while something runs, seldom while nothing does."""
+    seconds = BUSY if seen.unfinished else IDLE
+    return gr.skip() if seen.sent.get("pace") == seconds else gr.Timer(seen.fresh("pace", seconds))
 
 
 def _trouble(desk: Desk, seen: Seen) -> str:

@@ -110,6 +110,7 @@ def test_every_button_of_the_tab_does_something(page: Page) -> None:
     page.locator("#gallery .tile[data-act=select]").last.click()
     expect(page.locator("#gallery .tile.chosen")).to_have_count(1)
     page.locator("#gallery .tile[data-act=select]").first.click()
+    expect(page.locator("#stage .caption")).to_contain_text("a gold key")
     setting(page, "prompt", "something else")
     page.locator("#stage [data-act=restore]").click()
     expect(page.locator("#generate-prompt textarea")).to_have_value("a gold key")
