@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapter_types import AdapterFile, LowRank, Role
-from .architectures import ModuleIndex, Shape, reference
+from .architectures import ModuleIndex, Shape
 from .atomic import replacing
 from .errors import AdapterError
 from .headers import Header, read_header
-from .identify import HALVES, Report, inspect
+from .identify import HALVES, Report, inspect, yardstick
 from .layers import PEFT_KEY, LayerNames, alphas, collect
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_adapter(path: Path, shapes: Mapping[str, Shape] | None = None) -> Adapt
     report = inspect(path, shapes)
     report.require_usable()
     header = read_header(path)
-    index = ModuleIndex(shapes) if shapes is not None else reference(report.family or "sdxl")
+    index = ModuleIndex(shapes) if shapes is not None else yardstick(report.yardstick)
     found = collect(header, index, plain=shapes is None)
     if found.unmatched:
         names = ", ".join(found.unmatched[:3])

@@ -122,7 +122,7 @@ class Branches:
         factors = site.factors(self._strengths, output)
         if factors is None:
             return output
-        return output + site.delta(x.to(output.dtype), *factors)
+        return output + site.delta(x.to(output), *factors)
 
     def _known(self, names: Iterable[str]) -> None:
         unknown = sorted(set(names) - set(self._weights))

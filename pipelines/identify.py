@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,9 +19,15 @@ from .dialects import ALGORITHMS, FAMILIES, MODELS, Foreign, claimed_family, rec
 from .errors import AdapterError
 from .headers import Header, hashes, read_header, scan
 from .layers import Collected, alphas, collect, flat, misfits, shape_of
+from .sources import mini_folder, resolve, unet_shapes
 
 Confidence = Literal["certain", "likely", "guess"]
-KNOWN = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+# What a file without its model is held against: name, family and title. Mini has SDXL's blocks, and widths of its own.
+YARDSTICKS: dict[str, tuple[str, str]] = {
+    "sd15": ("sd15", "SD 1.5"),
+    "sdxl": ("sdxl", "SDXL"),
+    "mini": ("sdxl", "Mini"),
+}
 # B-LoRA: the SDXL attention blocks that hold content and style (arXiv:2403.14572).
 HALVES: dict[Role, str] = {"content": "unet.up_blocks.0.attentions.0.", "style": "unet.up_blocks.0.attentions.1."}
 SD2_WIDTH = 1024  # of its text encoder; SD 1.x has 768
@@ -45,6 +52,8 @@ class Report:
             family has by name.
         unmatched: Layers without a module, as the file spells them.
         misfits: Layers of another shape than their module, in words.
+        yardstick: The model without weights its layers were held against: "sd15", "sdxl", "mini"; "" if a model was
+            given.
         dialect: How the names are spelled.
         trigger: Words the prompt should hold, "" if none are known.
         triggers: More words from the captions, most frequent first.
@@ -75,6 +84,7 @@ class Report:
     unmatched: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
     components: Mapping[str, int] = field(default_factory=dict[str, int])
+    yardstick: str = ""
     dialect: str = ""
     trigger: str = ""
     triggers: tuple[str, ...] = ()
@@ -162,17 +172,17 @@ def _named_family(header: Header) -> str:
 
 def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None) -> Report:
     index = ModuleIndex(shapes) if shapes is not None else None
-    family, confidence, reason, note = choose_family(header, index)
-    yardstick = index or reference(family or "sdxl")
-    found = collect(header, yardstick)
+    choice = choose_family(header, index)
+    against = index or yardstick(choice.yardstick)
+    found = collect(header, against)
     if found.strange or found.incomplete or not found.modules:
-        return replace(bare, family=family, **_broken(bare.path.name, found))
-    wrong = misfits(header, found, yardstick)
+        return replace(bare, family=choice.family, **_broken(bare.path.name, found))
+    wrong = misfits(header, found, against)
     values, warnings = alphas(header, found)
     ranks = Counter(shape_of(header, names.down)[0] for names in found.layers.values())
     report = replace(
         bare,
-        family=family,
+        family=choice.family,
         algorithm="locon" if any(len(flat(shape_of(header, n.down))) == 4 for n in found.layers.values()) else "lora",
         rank=ranks.most_common(1)[0][0] if ranks else 0,
         ranks=dict(sorted(ranks.items())),
@@ -182,11 +192,13 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
         unmatched=tuple(found.unmatched),
         misfits=tuple(wrong),
         components=dict(Counter(path.split(".", 1)[0] for path in found.layers)),
+        yardstick="" if index else choice.yardstick,
         dialect=", ".join(sorted(found.styles)),
-        halves=find_halves(family, found),
-        confidence=confidence,
-        reason=reason,
-        warnings=tuple(warnings + note),
+        base=bare.base or ("mini" if choice.yardstick == "mini" and not wrong else ""),
+        halves=find_halves(choice.family, found),
+        confidence=choice.confidence,
+        reason=choice.reason,
+        warnings=(*warnings, *choice.warnings),
     )
     report = replace(report, role=find_role(report))
     return _judge(report, header, found, values, index)
@@ -214,7 +226,7 @@ def _judge(
         warnings.append("This adapter does nothing: every layer's change is zero.")
     if index is None and report.misfits and report.family:
         made = f"Made for {report.base}: " if report.base else ""
-        some = f"{len(report.misfits)} of {report.modules} layers do not fit {KNOWN[report.family]} itself"
+        some = f"{len(report.misfits)} of {report.modules} layers do not fit {_title(report)} itself"
         warnings.append(f"{made}{some}, first {report.misfits[0]}.")
     report = replace(report, warnings=tuple(warnings))
     if index is not None and report.matched < report.modules:
@@ -230,7 +242,7 @@ def _judge(
         text = f"{name}: 0 of {report.modules} layers are known in SD 1.5 or SDXL: {_first(report.unmatched)}."
         return replace(report, family="", refusal=text, hint=CONVERT_PLAIN)
     if report.unmatched:
-        some = f"{len(report.unmatched)} of {report.modules} layers are not in {KNOWN[report.family]}"
+        some = f"{len(report.unmatched)} of {report.modules} layers are not in {_title(report)}"
         report = replace(report, warnings=(*report.warnings, f"{some}: {_first(report.unmatched)}."))
     return report
 
@@ -242,38 +254,64 @@ def misfit_sentence(report: Report) -> str:
 
 
 def _made_for(report: Report) -> str:
-    return report.base or KNOWN.get(report.family, "another model")
+    return report.base or (YARDSTICKS[report.family][1] if report.family in YARDSTICKS else "another model")
+
+
+def _title(report: Report) -> str:
+    return YARDSTICKS[report.yardstick or report.family][1]
 
 
 def _first(names: tuple[str, ...] | list[str]) -> str:
     return "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
 
 
-def choose_family(header: Header, index: ModuleIndex | None) -> tuple[str, Confidence, str, list[str]]:
-    """Tell the family: family, how sure, from what, and warnings.
+@dataclass(frozen=True)
+class Choice:
+    """Which family a file is for, how sure that is and from what, and which yardstick its layers fit best."""
 
-    Shapes decide; where they fit several or none, names; then what the file claims.
+    family: str
+    yardstick: str
+    confidence: Confidence
+    reason: str
+    warnings: tuple[str, ...] = ()
+
+
+@cache
+def yardstick(name: str) -> ModuleIndex:
+    """The layers of a model that is known without being given.
+
+    Raises:
+        WeightsError: Mini is asked for and not installed.
     """
+    return ModuleIndex(unet_shapes(resolve("mini"))) if name == "mini" else reference(name)
+
+
+def choose_family(header: Header, index: ModuleIndex | None) -> Choice:
+    """Tell the family. Shapes decide; where they fit several or none, names; then what the file claims."""
     if index is not None:
         found = collect(header, index)
         if found.layers and not found.unmatched and not misfits(header, found, index) and index.family:
-            return index.family, "certain", f"all {found.modules} layers fit the model", []
+            return Choice(index.family, index.family, "certain", f"all {found.modules} layers fit the model")
     claim = claimed_family(dict(header.metadata))
-    scores = {family: _score(header, reference(family)) for family in KNOWN}
+    present = [name for name in YARDSTICKS if name != "mini" or (mini_folder() / "model_index.json").is_file()]
+    scores = {name: _score(header, yardstick(name)) for name in present}
     best = max(scores.values())
     if best == (0, 0):
-        return "", "guess", "no layer is known", []
-    leading = [family for family in KNOWN if scores[family] == best]
-    note = [f"The file claims to be for {claim}; its tensors say {leading[0]}."]
+        return Choice("", "sdxl", "guess", "no layer is known")
+    leading = [name for name in present if scores[name] == best]
+    leading = [name for name in leading if name != "mini"] or leading
     if len(leading) == 1:
+        family = YARDSTICKS[leading[0]][0]
         what = f"shapes of {best[0]} layers" if best[0] else f"names of {best[1]} layers"
-        confidence: Confidence = "certain" if best[0] else "likely"
-        return leading[0], confidence, what, note if claim and claim != leading[0] else []
+        lie = f"The file claims to be for {claim}; its tensors say {family}."
+        warnings = (lie,) if claim and claim != family else ()
+        return Choice(family, leading[0], "certain" if best[0] else "likely", what, warnings)
     if claim in leading:
-        return claim, "likely", "what the file says of itself; the layers exist in several families", []
+        return Choice(claim, claim, "likely", "what the file says of itself; the layers exist in several families")
     if any(name.startswith(("lora_te1_", "lora_te2_", "text_encoder_2.")) for name in header.tensors):
-        return "sdxl", "likely", "the names of its text encoder layers", []
-    return leading[0], "guess", "its layers exist in several families", ["It may be for SD 1.5 or for SDXL."]
+        return Choice("sdxl", "sdxl", "likely", "the names of its text encoder layers")
+    unsure = ("It may be for SD 1.5 or for SDXL.",)
+    return Choice(leading[0], leading[0], "guess", "its layers exist in several families", unsure)
 
 
 def _score(header: Header, index: ModuleIndex) -> tuple[int, int]:

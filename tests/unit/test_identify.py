@@ -24,7 +24,8 @@ from adapter_files import (
     wrapped_peft,
     write,
 )
-from intarsia.pipelines.architectures import reference, sgm_spelling
+from intarsia.pipelines import identify
+from intarsia.pipelines.architectures import ModuleIndex, reference, sgm_spelling
 from intarsia.pipelines.errors import AdapterError
 from intarsia.pipelines.identify import Report, inspect
 
@@ -32,6 +33,12 @@ SD15 = reference("sd15").shapes
 SDXL = reference("sdxl").shapes
 A = np.zeros((2, 8), np.float32)
 UP_BLOCK = "unet.up_blocks.0.attentions"
+
+
+@pytest.fixture(autouse=True)
+def no_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found must not depend on which weights Mini has today."""
+    monkeypatch.setattr(identify, "mini_folder", lambda: tmp_path / "no mini")
 
 
 def some(shapes: dict[str, tuple[int, ...]], *starts: str, every: int = 1) -> dict[str, tuple[int, ...]]:
@@ -71,6 +78,19 @@ def bare(path: str) -> tuple[str, str, str]:
     return peft(path.partition(".")[2])
 
 
+def comfy(path: str) -> tuple[str, str, str]:
+    """Stability's names with dots, as ComfyUI and newer trainers write them."""
+    if not path.startswith("unet."):
+        return kohya(path)
+    stem = "diffusion_model." + path.removeprefix("unet.").replace("mid_block.attentions.0", "middle_block.1")
+    return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", f"{stem}.alpha"
+
+
+def lycoris(path: str) -> tuple[str, str, str]:
+    stem = "lycoris_" + path.partition(".")[2].replace(".", "_")
+    return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
+
+
 XL_PARTS = {
     **some(SDXL, "unet.down_blocks.1.attentions.0", "unet.mid_block", every=17),
     **some(SDXL, "unet.conv_in", "unet.down_blocks.0.resnets.1.conv1", "unet.add_embedding"),
@@ -102,6 +122,8 @@ SD_ATTENTION = attention(SD15)
         ("sdxl", XL_PARTS, double_prefix),
         ("sdxl", XL_ATTENTION, wrapped_peft),
         ("sdxl", XL_ATTENTION, bare),
+        ("sdxl", attention(some(SDXL, "unet.mid_block.attentions.0"), ends=["to_q"]), comfy),
+        ("sd15", SD_PARTS, lycoris),
     ],
 )
 def test_every_spelling_of_plain_lora_is_matched_whole(
@@ -294,6 +316,23 @@ def test_an_adapter_of_a_small_model_fits_it_and_not_the_large_one(tmp_path: Pat
     alone = look(tmp_path, tensors, texts)
     assert (alone.family, alone.refusal, alone.base) == ("sdxl", "", "mini")
     assert any("Made for mini" in warning for warning in alone.warnings)
+
+
+def test_an_adapter_of_mini_is_known_without_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model_index.json").touch()
+    monkeypatch.setattr(identify, "mini_folder", lambda: tmp_path)
+    index = ModuleIndex(small_sdxl() | {"unet.down_blocks.0.attentions.0.proj_in": (32, 32)})  # SDXL has none there
+
+    def yardstick(name: str) -> ModuleIndex:
+        return index if name == "mini" else reference(name)
+
+    monkeypatch.setattr(identify, "yardstick", yardstick)
+    shapes = {**attention(small_sdxl()), "unet.down_blocks.0.attentions.0.proj_in": (32, 32)}
+    report = look(tmp_path, lora(shapes, kohya, rank=1))
+    assert (report.family, report.base, report.confidence, report.refusal) == ("sdxl", "mini", "certain", "")
+    assert (report.matched, report.warnings) == (len(shapes), ())
+    real = look(tmp_path, lora(XL_PARTS, peft, rank=1))
+    assert (real.family, real.base, real.yardstick) == ("sdxl", "", "sdxl")
 
 
 @pytest.mark.parametrize(("shapes", "spelling", "other"), [(XL_PARTS, peft, SD15), (SD_ATTENTION, peft, SDXL)])
