@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from intarsia.pipelines.events import CancelToken, Event
+from intarsia.pipelines.events import Artifact, CancelToken, Event
 from intarsia.pipelines.models import Model
 from intarsia.pipelines.models import load as load_model
 from intarsia.pipelines.requests import TrainingPicture, TrainRequest
 from intarsia.pipelines.sources import resolve
+from intarsia.training import loop
+from intarsia.training.encode import Cache, encode
+from intarsia.training.layers import trainable
+from intarsia.training.run import resolve as plan_run
 from intarsia.training.run import train
+from intarsia.training.schedule import NoiseSchedule
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 Tiny = Callable[..., Path]
 
@@ -68,3 +75,43 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     assert before == after
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def adapters(events: list[Event]) -> dict[str, dict[str, torch.Tensor]]:
+    return {e.label: load_file(e.path) for e in events if isinstance(e, Artifact) and e.kind == "adapter"}
+
+
+def assert_equal(first: dict[str, dict[str, torch.Tensor]], second: dict[str, dict[str, torch.Tensor]]) -> None:
+    assert first.keys() == second.keys() and first
+    for label, tensors in first.items():
+        assert tensors.keys() == second[label].keys()
+        assert all(torch.equal(tensor, second[label][name]) for name, tensor in tensors.items())
+
+
+@contextmanager
+def trainer_for(asked: TrainRequest, model: Model) -> Generator[loop.Trainer]:
+    """A trainer as `train` makes it."""
+    plan = plan_run(asked, model, asked.pictures)
+    work = encode(model, plan.pictures, plan.prompts, plan.settings, asked.seed, CancelToken())
+    cache: Cache
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            cache = end.value
+            break
+    schedule = NoiseSchedule.of(model.components["scheduler"], model.device)
+    with trainable(model.denoiser, plan.settings.ranks, plan.settings.scale, asked.seed) as layers:
+        yield loop.Trainer(
+            model.denoiser, layers, loop.Task(plan.recipe, plan.options, plan.settings, cache, schedule, asked.seed)
+        )
+
+
+def held_out(trainer: loop.Trainer) -> float:
+    """Loss at sixteen noises and timesteps that training does not meet."""
+    total = 0.0
+    with torch.no_grad():
+        for number in range(10_000, 10_016):
+            batch = trainer.batch(number, loop.generator(0, number))
+            total += float((trainer.predict(batch) - batch.target).square().mean())
+    return total / 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def train(request: TrainRequest, model: Model, folder: Path, token: CancelToken)
     with memory_explained(plan, model.device), closing_down(model):
         yield Stage(name="encode", detail="Encoding pictures and captions")
         cache = yield from encode(model, plan.pictures, plan.prompts, plan.settings, request.seed, token)
+        for text in remarks(plan, cache):
+            yield Notice(text=text)
         layers = yield from _learn(plan, model, cache, folder, token)
     yield Stage(name="save")
     yield from _write(plan, model, layers, folder)
@@ -140,6 +143,21 @@ def _learn(
         return TrainedLayers(
             {name: nn.Parameter(p.detach().clone()) for name, p in layers.parameters.items()}, layers.scale
         )
+
+
+def remarks(plan: Plan, cache: Cache) -> Iterator[str]:
+    """Say what is odd about the pictures of a run."""
+    silent = sum(not prompt for prompt in plan.prompts)
+    if silent:
+        yield (
+            f"{silent} of {len(plan.prompts)} pictures have no caption and there is no trigger: "
+            "they change what the model draws when nothing is asked for."
+        )
+    batch = plan.settings.batch
+    sizes = Counter(example.size for example in cache.examples)
+    small = sum(count < batch for count in sizes.values())
+    if small:
+        yield f"{small} of {len(sizes)} sizes have fewer pictures than the batch of {batch}: their batches are smaller."
 
 
 @dataclass

@@ -2,71 +2,36 @@
 
 from __future__ import annotations
 
-import errno
 import json
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from intarsia.pipelines.errors import InputError, IntarsiaError, MemoryLimitError
+from intarsia.pipelines.errors import InputError
 from intarsia.pipelines.events import Artifact, Cancelled, CancelToken, Event
-from intarsia.pipelines.models import Model
-from intarsia.pipelines.requests import TrainingPicture, TrainRequest
-from intarsia.training import checkpoint, loop
-from intarsia.training.encode import Cache, encode, encode_pixels, encode_prompts
-from intarsia.training.layers import trainable
+from intarsia.pipelines.requests import TrainingPicture
+from intarsia.training import checkpoint
+from intarsia.training.encode import encode_pixels, encode_prompts
 from intarsia.training.recipe import recipes
 from intarsia.training.recipes.blora import BLora
 from intarsia.training.recipes.lora import LoraOptions, min_snr_weight
-from intarsia.training.run import resolve, train
+from intarsia.training.run import train
 from intarsia.training.schedule import NoiseSchedule
 from PIL import Image
-from safetensors.torch import load_file
-from training_fakes import Tiny, load, losses, picture, request, run, snapshot
-
-
-def adapters(events: list[Event]) -> dict[str, dict[str, torch.Tensor]]:
-    return {e.label: load_file(e.path) for e in events if isinstance(e, Artifact) and e.kind == "adapter"}
-
-
-def assert_equal(first: dict[str, dict[str, torch.Tensor]], second: dict[str, dict[str, torch.Tensor]]) -> None:
-    assert first.keys() == second.keys() and first
-    for label, tensors in first.items():
-        assert tensors.keys() == second[label].keys()
-        assert all(torch.equal(tensor, second[label][name]) for name, tensor in tensors.items())
-
-
-@contextmanager
-def trainer_for(asked: TrainRequest, model: Model) -> Generator[loop.Trainer]:
-    """A trainer as `train` makes it."""
-    plan = resolve(asked, model, asked.pictures)
-    work = encode(model, plan.pictures, plan.prompts, plan.settings, asked.seed, CancelToken())
-    cache: Cache
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            cache = end.value
-            break
-    schedule = NoiseSchedule.of(model.components["scheduler"], model.device)
-    with trainable(model.denoiser, plan.settings.ranks, plan.settings.scale, asked.seed) as layers:
-        yield loop.Trainer(
-            model.denoiser, layers, loop.Task(plan.recipe, plan.options, plan.settings, cache, schedule, asked.seed)
-        )
-
-
-def held_out(trainer: loop.Trainer) -> float:
-    """Loss at sixteen noises and timesteps that training does not meet."""
-    total = 0.0
-    with torch.no_grad():
-        for number in range(10_000, 10_016):
-            batch = trainer.batch(number, loop.generator(0, number))
-            total += float((trainer.predict(batch) - batch.target).square().mean())
-    return total / 16
-
+from training_fakes import (
+    Tiny,
+    adapters,
+    assert_equal,
+    held_out,
+    load,
+    losses,
+    picture,
+    request,
+    run,
+    snapshot,
+    trainer_for,
+)
 
 # Targets and weights
 
@@ -194,29 +159,6 @@ def test_feed_forward_layers_join_on_request(tiny: Tiny, tmp_path: Path) -> None
     assert added and all(".ff.net." in name for name in added)
 
 
-def test_the_file_gives_plain_diffusers_the_trained_network(tiny: Tiny, tmp_path: Path) -> None:
-    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-
-    model = load(tiny("sdxl"))
-    asked = request("lora", [picture(tmp_path / "a.png")], steps=5, alpha=2.0, learning_rate=0.05)
-    made = [e for e in run(asked, model, tmp_path / "job") if isinstance(e, Artifact) and e.kind == "adapter"]
-    with trainer_for(asked, model) as trainer:
-        probe = trainer.batch(77, loop.generator(0, 77))
-        before = trainer.predict(probe).detach()
-        for number in range(5):
-            trainer.step(number)
-        with torch.no_grad():
-            expected = trainer.predict(probe)
-    pipeline: Any = DiffusionPipeline.from_pretrained(tiny("sdxl"))
-    pipeline.load_lora_weights(made[0].path)
-    with torch.no_grad():
-        got = pipeline.unet(
-            probe.noisy, probe.timesteps, probe.tokens, added_cond_kwargs=probe.added, return_dict=False
-        )[0]
-    assert torch.allclose(got, expected, atol=1e-5)
-    assert float((expected - before).abs().max()) > 1e-2, "training changed nothing, the comparison is empty"
-
-
 # Learning
 
 
@@ -315,84 +257,3 @@ def test_a_checkpoint_holds_no_pickle_and_only_the_last_state(tiny: Tiny, tmp_pa
     state = json.loads((tmp_path / "job/checkpoint/state.json").read_text())
     assert state["step"] == 4
     assert files == ["state.json", "step-0000004/moments.safetensors", "step-0000004/weights.safetensors"]
-
-
-# What goes wrong
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load(tiny("sdxl"))
-    asked = request("blora", [picture(tmp_path / "a.png")], steps=5, checkpoint_every=1)
-    write, seen = checkpoint.write, list[Path]()
-
-    def full(path: Path, content: bytes) -> None:
-        seen.append(path)
-        if len(seen) > 7:  # three files each: the third checkpoint's second
-            path.write_bytes(content[:10])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, content)
-
-    monkeypatch.setattr(checkpoint, "write", full)
-    with pytest.raises(MemoryLimitError, match="disk is full"):
-        run(asked, model, tmp_path / "job")
-    monkeypatch.undo()
-    assert checkpoint.load(tmp_path / "job").step == 2
-    whole = run(asked, model, tmp_path / "whole")
-    rest = run(asked.model_copy(update={"resume_from": str(tmp_path / "job")}), model, tmp_path / "rest")
-    assert_equal(adapters(whole), adapters(rest))
-
-
-def test_a_loss_that_is_no_number_names_the_learning_rate(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def diverged(*given: Any, **more: Any) -> torch.Tensor:  # noqa: ANN401
-        return given[1].mean() * torch.nan
-
-    monkeypatch.setattr(BLora, "loss", diverged)
-    asked = request("blora", [picture(tmp_path / "a.png")], learning_rate=0.25)
-    with pytest.raises(InputError) as caught:
-        run(asked, load(tiny("sdxl")), tmp_path / "job")
-    assert "step 1" in caught.value.message and "0.25" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("error", "amount"),
-    [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0"), "2.50 GiB"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."), "4096 bytes"),
-    ],
-)
-def test_too_little_memory_says_what_to_lower(
-    error: Exception, amount: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def short(self: object, number: int) -> float:
-        raise error
-
-    monkeypatch.setattr(loop.Trainer, "step", short)
-    asked = request("lora", [picture(tmp_path / "a.png")], batch=2)
-    with pytest.raises(MemoryLimitError) as caught:
-        run(asked, load(tiny("sdxl")), tmp_path / "job")
-    assert amount in caught.value.message
-    assert "batch (2)" in caught.value.hint and "resolution (64)" in caught.value.hint
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"recipe": "lorra"}, "no recipe 'lorra'"),
-        ({"options": {"stepz": 3}}, "no setting called stepz"),
-        ({"options": {"steps": 0}}, "steps cannot be 0"),
-        ({"pictures": ()}, "exactly one picture"),
-        ({"pictures": (TrainingPicture(path="/nowhere/a.png"),)}, r"no file or folder /nowhere/a\.png"),
-    ],
-)
-def test_bad_requests_are_refused_in_words(change: dict[str, Any], said: str, tiny: Tiny, tmp_path: Path) -> None:
-    asked = request("blora", [picture(tmp_path / "a.png")]).model_copy(update=change)
-    with pytest.raises(IntarsiaError, match=said):
-        run(asked, load(tiny("sdxl")), tmp_path / "job")
-
-
-def test_an_unreadable_picture_is_refused(tiny: Tiny, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture(tmp_path / "b.png").read_bytes()[:90])
-    with pytest.raises(InputError, match=r"a\.png"):
-        run(request("blora", [tmp_path / "a.png"]), load(tiny("sdxl")), tmp_path / "job")
