@@ -25,8 +25,9 @@ EXIT_DONE, EXIT_BUG, EXIT_PERSON, EXIT_STOPPED = 0, 1, 2, 130
 
 STAGES = {
     "load": "Loading the model",
-    "ready": "Model ready:",
-    "encode": "Reading the prompt",
+    "ready": "Model ready",
+    "attach": "Attaching",
+    "encode": "Encoding",
     "denoise": "Drawing",
     "decode": "Finishing the picture",
     "cache": "Preparing the pictures",
@@ -85,7 +86,8 @@ def status(event: Event) -> str:
     """One short line for an event; "" for those that only feed a plot or a picture."""
     match event:
         case Stage(name=name, detail=detail):
-            return f"{STAGES.get(name, name.capitalize())} {detail}".strip()
+            words = STAGES.get(name, name.capitalize())
+            return f"{words}: {detail}" if detail else words
         case Progress(stage=stage, step=step, total=total):
             return f"{STAGES.get(stage, stage.capitalize())}: step {step} of {total}"
         case Notice(text=text):

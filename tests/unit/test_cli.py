@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import typer
 from intarsia.app.cli import UsageError
+from intarsia.app.cli_console import Console
 from intarsia.app.cli_work import adapter_use
 from intarsia.app.settings import Home
 from intarsia.app.studio import Studio
 from intarsia.pipelines.errors import InputError
+from intarsia.pipelines.events import Done, Progress
 from intarsia.pipelines.options import describe
 from intarsia.pipelines.requests import AdapterUse, GenerateRequest
 from PIL import Image
@@ -230,10 +232,20 @@ def test_a_trained_pair_is_used_stopped_and_resumed_from_the_command_line(
     assert len(json.loads(intarsia("adapters", "list", "--json").stdout)) == 1
 
 
-def test_the_progress_line_is_rewritten_on_a_terminal_only(home: Home, model: str) -> None:
+def test_without_a_terminal_progress_is_told_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(machine=False)
+    for step in range(1, 101):
+        console.show(Progress(stage="denoise", step=step, total=100))
+    console.show(Done(seconds=1.5))
+    console.result({}, "/a.png")
+    shown = capsys.readouterr()
+    assert shown.out == "/a.png\n" and "\r" not in shown.err
+    told = shown.err.splitlines()
+    assert told[0] == "Drawing: step 1 of 100" and told[1].startswith("Drawing: step 100 of 100") and len(told) == 3
+
+
+def test_the_progress_line_is_rewritten_on_a_terminal(home: Home, model: str) -> None:
     arguments = ["generate", "--model", model, "--prompt", "x", "--steps", "4", "--width", "64", "--height", "64"]
-    plain = intarsia(*arguments)
-    assert "\r" not in plain.stderr and "step 4 of 4" in plain.stderr
     ours, theirs = pty.openpty()
     child = subprocess.Popen([sys.executable, "-m", "intarsia.app", *arguments], stdout=theirs, stderr=theirs)
     os.close(theirs)

@@ -10,7 +10,7 @@ from intarsia.pipelines import errors, events
 from intarsia.pipelines.requests import GenerateRequest, TrainRequest
 
 SAMPLES: list[tuple[events.Event, str]] = [
-    (events.Stage(name="load", detail="mini"), "Loading the model mini"),
+    (events.Stage(name="load", detail="mini"), "Loading the model: mini"),
     (events.Stage(name="polish"), "Polish"),
     (events.Progress(stage="denoise", step=3, total=20), "Drawing: step 3 of 20"),
     (events.Preview(path="/p.png", step=1), ""),
