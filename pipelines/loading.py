@@ -77,12 +77,15 @@ def _quiet() -> None:
 
 def _folder(source: ModelSource, family: Family, dtype: torch.dtype) -> Any:  # noqa: ANN401
     assert source.path is not None
-    unused = {name: None for name in UNUSED} if family.name == "sd15" else {}
+    kind = getattr(D, family.pipeline_class)
+    index: dict[str, Any] = kind.load_config(source.path, local_files_only=True)
+    parts = (*family.text_encoders, *family.tokenizers)
+    absent: dict[str, Any] = {name: None for name in parts if index.get(name, [None])[0] is None}
     if family.name == "sd15":
-        unused["requires_safety_checker"] = False  # type: ignore[assignment]
+        absent |= {name: None for name in UNUSED} | {"requires_safety_checker": False}
     variant = variant_of(source.path, family.denoiser)
-    return getattr(D, family.pipeline_class).from_pretrained(
-        source.path, dtype=dtype, local_files_only=True, use_safetensors=True, variant=variant, **unused
+    return kind.from_pretrained(
+        source.path, dtype=dtype, local_files_only=True, use_safetensors=True, variant=variant, **absent
     )
 
 
