@@ -45,7 +45,8 @@ def ui(host: Host = "127.0.0.1", port: Port = None, no_browser: NoBrowser = Fals
     with guarded(Console(False)), Studio().start() as studio:  # the worker loads while the page does
         from .ui.serve import launch
 
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill ends the page as Ctrl-C does
+        for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill ends the page as Ctrl-C does
+            signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
             launch(studio, host, port, not no_browser, announce)
 
