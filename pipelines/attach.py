@@ -62,15 +62,16 @@ class _Site:
             self._key = key
         return self._ready
 
-    def delta(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Run the branch on the layer's input; a convolution's stride, padding and dilation are those of its layer."""
+    def add(self, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Add the branch to the layer's output; a convolution's stride, padding and dilation are those of its layer."""
         if isinstance(self.module, nn.Linear):
-            return F.linear(F.linear(x, down), up)
+            inner = F.linear(x, down).reshape(-1, down.shape[0])  # (tokens, ranks)
+            return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.T).view(output.shape)
         conv = self.module
         if conv.padding_mode != "zeros" and isinstance(conv.padding, tuple):
             x = F.pad(x, [side for size in reversed(conv.padding) for side in (size, size)], mode=conv.padding_mode)
-            return F.conv2d(F.conv2d(x, down, None, conv.stride, 0, conv.dilation), up)
-        return F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation), up)
+            return output + F.conv2d(F.conv2d(x, down, None, conv.stride, 0, conv.dilation), up)
+        return output + F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation), up)
 
 
 class Branches:
@@ -122,7 +123,7 @@ class Branches:
         factors = site.factors(self._strengths, output)
         if factors is None:
             return output
-        return output + site.delta(x.to(output), *factors)
+        return site.add(output, x.to(output), *factors)
 
     def _known(self, names: Iterable[str]) -> None:
         unknown = sorted(set(names) - set(self._weights))
