@@ -33,6 +33,15 @@ def peft(path: str) -> tuple[str, str, str]:
     return f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{path}.alpha"
 
 
+def default_peft(path: str) -> tuple[str, str, str]:
+    return f"{path}.lora_A.default.weight", f"{path}.lora_B.default.weight", f"{path}.alpha"
+
+
+def lycoris(path: str) -> tuple[str, str, str]:
+    stem = "lycoris_" + path.partition(".")[2].replace(".", "_")
+    return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
+
+
 def old_diffusers(path: str) -> tuple[str, str, str]:
     return f"{path}.lora.down.weight", f"{path}.lora.up.weight", f"{path}.alpha"
 

@@ -15,9 +15,11 @@ from adapter_files import (
     Arrays,
     Spelling,
     attention,
+    default_peft,
     kohya,
     linear_layer,
     lora,
+    lycoris,
     old_diffusers,
     peft,
     processor,
@@ -70,10 +72,6 @@ def kohya_one_text_encoder(path: str) -> tuple[str, str, str]:
     return kohya(path, text="lora_te_")
 
 
-def default_peft(path: str) -> tuple[str, str, str]:
-    return f"{path}.lora_A.default.weight", f"{path}.lora_B.default.weight", f"{path}.alpha"
-
-
 def bare(path: str) -> tuple[str, str, str]:
     return peft(path.partition(".")[2])
 
@@ -84,11 +82,6 @@ def comfy(path: str) -> tuple[str, str, str]:
         return kohya(path)
     stem = "diffusion_model." + path.removeprefix("unet.").replace("mid_block.attentions.0", "middle_block.1")
     return f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", f"{stem}.alpha"
-
-
-def lycoris(path: str) -> tuple[str, str, str]:
-    stem = "lycoris_" + path.partition(".")[2].replace(".", "_")
-    return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"
 
 
 XL_PARTS = {
