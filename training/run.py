@@ -191,7 +191,8 @@ def _steps(keeper: _Keeper, sampler: Sampler, model: Model, token: CancelToken) 
             yield from keeper.save()
         if sampler.due(done):
             yield from sampler.draw(model, done, token)
-            yield Stage(name="train")
+            if done < keeper.plan.settings.steps:
+                yield Stage(name="train")
 
     try:
         if start == 0 and sampler.every:

@@ -13,7 +13,7 @@ from intarsia.pipelines.events import Artifact, Cancelled, CancelToken, Event
 from intarsia.pipelines.requests import TrainingPicture
 from intarsia.training import checkpoint
 from intarsia.training.encode import encode_pixels, encode_prompts
-from intarsia.training.recipe import recipes
+from intarsia.training.recipe import ModelFacts, recipes
 from intarsia.training.recipes.blora import BLora
 from intarsia.training.recipes.lora import LoraOptions, min_snr_weight
 from intarsia.training.run import train
@@ -257,3 +257,19 @@ def test_a_checkpoint_holds_no_pickle_and_only_the_last_state(tiny: Tiny, tmp_pa
     state = json.loads((tmp_path / "job/checkpoint/state.json").read_text())
     assert state["step"] == 4
     assert files == ["state.json", "step-0000004/moments.safetensors", "step-0000004/weights.safetensors"]
+
+
+# Defaults
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "expected"), [(1280, 1024, (5e-5, 1000, 64, 1.0)), (160, 256, (4e-4, 300, 40, 1.0))]
+)
+def test_blora_uses_the_papers_values_on_sdxl_and_scales_them_for_small_models(
+    width: int, size: int, expected: tuple[float, ...]
+) -> None:
+    path = "up_blocks.0.attentions.{}.transformer_blocks.0.attn1.to_q"
+    known = ModelFacts("sdxl", {path.format(i): (width, width) for i in (0, 1)}, width, size, 1)
+    chosen = BLora().settings(known, BLora.options())
+    assert (chosen.learning_rate, chosen.steps, max(chosen.ranks.values()), chosen.scale) == expected
+    assert any("Rank" in text for text in chosen.notices) == (width == 160)
