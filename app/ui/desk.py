@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ R = TypeVar("R")
 
 ACTIVE = ("running", "queued")
 TOAST_SECONDS = 12
+SENDINGS = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class Desk:
     def look(self, job: Job) -> Watch:
         return self.watcher.look(job)
 
+    def await_end(self, job_id: str, seconds: float = 1.5) -> None:
+        """Wait a moment for a job that was told to stop, so that the answer to the click already shows it stopped."""
+        end = time.monotonic() + seconds
+        while not self.studio.job(job_id).finished_already and time.monotonic() < end:
+            time.sleep(0.05)
+
     def active(self, kind: Any) -> list[Job]:  # noqa: ANN401 - JobKind, a Literal of the studio's
         """Jobs that run or wait, the running ones first, then in the order they will run."""
         jobs = [job for job in reversed(self.studio.jobs(limit=60, kind=kind)) if job.state in ACTIVE]
@@ -44,24 +52,31 @@ class Seen:
     """What one browser tab shows and has been told; lives as long as the tab.
 
     Args:
-        sent: Last HTML sent to each place, so that an unchanged place is left alone.
+        sent: Last value sent to each place and how often, so that an unchanged place is left alone.
         picture: Job id and number of the picture a person chose to look at, None for the newest.
         run: Job id opened in the runs tab.
         training: Job id followed in the train tab, "" for the newest.
         unfinished: Jobs seen at work: when they end badly, this tab says so once.
     """
 
-    sent: dict[str, Any] = field(default_factory=dict[str, Any])
+    sent: dict[str, tuple[Any, int]] = field(default_factory=dict[str, tuple[Any, int]])
     picture: tuple[str, int] | None = None
     run: str = ""
     training: str = ""
     unfinished: set[str] = field(default_factory=set[str])
 
     def fresh(self, place: str, value: Any) -> Any:  # noqa: ANN401
-        """Give the value if this tab does not show it yet, else "leave as it is"."""
-        if self.sent.get(place) == value:
+        """Give the value if this tab may not show it yet, else "leave as it is".
+
+        A value is sent twice: two answers on their way at the same time may arrive in the wrong order, and the second
+        sending, one tick later, puts that right. A browser that shows the value already does nothing with it.
+        """
+        last, times = self.sent.get(place, (None, 0))
+        if last != value:
+            times = 0
+        elif times >= SENDINGS:
             return gr.skip()
-        self.sent[place] = value
+        self.sent[place] = (value, times + 1)
         return value
 
 

@@ -180,8 +180,7 @@ def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> N
 
 def _pace(seen: Seen) -> Any:  # noqa: ANN401 - an update, or "leave as it is"
     """Look often while something runs, seldom while nothing does."""
-    seconds = BUSY if seen.unfinished else IDLE
-    return gr.skip() if seen.sent.get("pace") == seconds else gr.Timer(seen.fresh("pace", seconds))
+    return seen.fresh("pace", gr.update(value=BUSY if seen.unfinished else IDLE))
 
 
 def _trouble(desk: Desk, seen: Seen) -> str:

@@ -120,37 +120,36 @@ def model_chooser(desk: Desk, label: str, help_text: str, elem_id: str) -> gr.Dr
 
 def _connect(desk: Desk, tab: GenerateTab, seen: gr.State, go: gr.Button) -> None:
     @shown
-    def submit(values: Mapping[Component, Any]) -> None:
+    def submit(values: Mapping[Component, Any]) -> list[Any]:
         given: Seen = values[seen]
         fields = {**tab.form.read(values), "adapters": rack.requested(values[tab.rack])}
         job = desk.studio.submit(GenerateRequest.parse(fields))
         given.picture = None
         given.unfinished.add(job.id)
+        return refresh(desk, given)
 
     @shown
-    def stop(given: Seen) -> None:
-        active = desk.active("generate")
-        if active:
-            desk.studio.cancel(active[0].id)
+    def stop(given: Seen) -> list[Any]:
         given.picture = None
+        for job in desk.active("generate")[:1]:
+            desk.studio.cancel(job.id)
+            desk.await_end(job.id)
+        return refresh(desk, given)
 
     @shown
     def act(given: Seen, event: gr.EventData) -> list[Any]:
-        return _act(desk, tab, given, event)
+        return [*_act(desk, tab, given, event), *refresh(desk, given)]
 
     @shown
     def word(prompt: str, event: gr.EventData) -> str:
         words = str(event.word)
         return prompt if words in prompt else f"{prompt}, {words}".lstrip(", ")
 
-    def shown_again(given: Seen) -> list[Any]:
-        return refresh(desk, given)
-
     inputs: set[Block] = {*tab.form.components, tab.rack, seen}
-    go.click(submit, inputs, None, **CALM).then(shown_again, seen, tab.live, **CALM)
-    tab.stop.click(stop, seen, None, **CALM).then(shown_again, seen, tab.live, **CALM)
+    go.click(submit, inputs, tab.live, **CALM)
+    tab.stop.click(stop, seen, tab.live, **CALM)
     for place in (tab.stage, tab.gallery):
-        place.act(act, seen, tab.filled, **CALM).then(shown_again, seen, tab.live, **CALM)
+        place.act(act, seen, [*tab.filled, *tab.live], **CALM)
     tab.rack.word(word, tab.form.controls["prompt"], tab.form.controls["prompt"], **CALM)
 
 

@@ -47,25 +47,24 @@ def build(desk: Desk, seen: gr.State) -> RunsTab:
     tab = RunsTab(table, detail)
 
     @shown
-    def act(given: Seen, event: gr.EventData) -> None:
+    def act(given: Seen, event: gr.EventData) -> list[Any]:
         job_id = str(event.job) if event.act in ("open", "stop", "resume") else ""
         match event.act:
             case "open":
                 given.run = job_id
             case "stop":
                 desk.studio.cancel(job_id)
+                desk.await_end(job_id)
             case "resume":
                 job = desk.studio.resume(job_id)
                 given.run = given.training = job.id
                 given.unfinished.add(job.id)
             case _:
                 pass
-
-    def shown_again(given: Seen) -> list[Any]:
         return refresh(desk, given)
 
     for place in (table, detail):
-        place.act(act, seen, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
+        place.act(act, seen, tab.watched, **CALM)
     return tab
 
 

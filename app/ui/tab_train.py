@@ -101,7 +101,7 @@ def _recipe_forms(recipes: Mapping[str, Any], names: list[str]) -> tuple[list[gr
 
 def _connect(desk: Desk, tab: TrainTab, seen: gr.State, choose: gr.UploadButton) -> None:
     @shown
-    def submit(values: Mapping[Component, Any]) -> None:
+    def submit(values: Mapping[Component, Any]) -> list[Any]:
         given: Seen = values[seen]
         recipe = str(values[tab.recipe])
         fields = {
@@ -113,32 +113,33 @@ def _connect(desk: Desk, tab: TrainTab, seen: gr.State, choose: gr.UploadButton)
         job = desk.studio.submit(TrainRequest.parse(fields))
         given.training = job.id
         given.unfinished.add(job.id)
+        return refresh(desk, given)
 
     @shown
-    def stop(given: Seen) -> None:
+    def stop(given: Seen) -> list[Any]:
         job = training.current(desk, given)
         if job is not None and not job.finished_already:
             desk.studio.cancel(job.id)
+            desk.await_end(job.id)
+        return refresh(desk, given)
 
     @shown
-    def act(given: Seen, event: gr.EventData) -> None:
+    def act(given: Seen, event: gr.EventData) -> list[Any]:
         if event.act == "resume":
             job = desk.studio.resume(str(event.job))
             given.training = job.id
             given.unfinished.add(job.id)
+        return refresh(desk, given)
 
     @shown
     def add(paths: list[str] | None, current: list[dict[str, str]]) -> list[dict[str, str]]:
         return take_in(desk, [(Path(path).name, path) for path in paths or []], current)
 
-    def shown_again(given: Seen) -> list[Any]:
-        return refresh(desk, given)
-
     forms = [component for form in tab.forms.values() for component in form.components]
     inputs: set[Block] = {*tab.base.components, tab.recipe, *forms, tab.pictures, seen}
-    tab.start.click(submit, inputs, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
-    tab.stop.click(stop, seen, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
-    tab.live.act(act, seen, None, **CALM).then(shown_again, seen, tab.watched, **CALM)
+    tab.start.click(submit, inputs, tab.watched, **CALM)
+    tab.stop.click(stop, seen, tab.watched, **CALM)
+    tab.live.act(act, seen, tab.watched, **CALM)
     choose.upload(add, [choose, tab.pictures], tab.pictures, **CALM)
 
 

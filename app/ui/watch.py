@@ -85,7 +85,8 @@ class Watch:
         match event:
             case Stage():
                 self.stage, self.detail = event.name, event.detail
-                self.reached.pop(event.name, None)
+                if event.name != "train":  # training goes on where it was after a sample; others begin anew
+                    self.reached.pop(event.name, None)
             case Progress():
                 self._progress(event, now)
             case Preview():
