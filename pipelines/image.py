@@ -63,8 +63,8 @@ def generate(
 
             yield Stage(name="attach", detail=", ".join(attachment.name for attachment in attachments))
             branches = stack.enter_context(attached(model.components, attachments))
-            for name, matched in branches.matched.items():
-                yield Notice(text=f"{name}: {matched}.")
+            for text in branches.matched.values():
+                yield Notice(text=f"{text}.")
         token.check()
         yield Stage(name="encode", detail=request.prompt[:80])
         prompt = model.engine.encode(request.prompt, request.negative, request.guidance)
