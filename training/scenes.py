@@ -238,14 +238,17 @@ class Bank:
         device = self.pixels.device
         rgba = self.pixels[torch.tensor([p.index for p in placed], device=device)].float() / 255
         rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
-        if all(p.size == 1 and not p.mirror for p in placed):
+        moved = [i for i, p in enumerate(placed) if p.size != 1 or p.mirror]
+        if not moved:
             return rgba
-        rows = [
-            [[(-1 if p.mirror else 1) / p.size, 0, (-1 if p.mirror else 1) * (1 - 2 * p.x) / p.size],
-             [0, 1 / p.size, (1 - 2 * p.y) / p.size]]
-            for p in placed
-        ]  # fmt: skip
-        grid = F.affine_grid(torch.tensor(rows, device=device), list(rgba.shape), align_corners=False)
-        moved = F.grid_sample(rgba, grid, mode="bicubic", padding_mode="zeros", align_corners=False).clamp(0, 1)
-        still = torch.tensor([p.size == 1 and not p.mirror for p in placed], device=device)
-        return torch.where(still[:, None, None, None], rgba, moved)
+        matrices = [_inverse(placed[i]) for i in moved]
+        where = torch.tensor(moved, device=device)
+        grid = F.affine_grid(torch.tensor(matrices, device=device), [len(moved), *rgba.shape[1:]], align_corners=False)
+        shifted = F.grid_sample(rgba[where], grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+        return rgba.index_copy(0, where, shifted.clamp(0, 1))
+
+
+def _inverse(placed: Placed) -> list[list[float]]:
+    """The matrix `(2, 3)` that maps canvas to picture, both in -1..1, as `affine_grid` wants it."""
+    across = (-1 if placed.mirror else 1) / placed.size
+    return [[across, 0, across * (1 - 2 * placed.x)], [0, 1 / placed.size, (1 - 2 * placed.y) / placed.size]]
