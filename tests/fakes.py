@@ -16,6 +16,7 @@ import transformers
 
 D: Any = diffusers  # the annotations of both libraries are too narrow for their own configurations
 T: Any = transformers
+Tiny = Callable[..., Path]  # the type of the fixture `tiny`
 
 WIDTH = 32  # of every text encoder but two: the T5 of sd3 must hold two CLIPs side by side, and
 WIDER = 48  # single files tell the two CLIPs of SDXL apart by their width

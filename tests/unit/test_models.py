@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tiny
+from fakes import Tiny
 from fakes import clip_tokenizer as tiny_tokenizer
 from fakes_single_file import single_file
 from intarsia.pipelines import architectures, loading, models

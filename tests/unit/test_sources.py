@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Tiny
+from fakes import Tiny
 from intarsia.pipelines.errors import WeightsError
 from intarsia.pipelines.sources import check_weights, native_size, resolve, unet_shapes
 from safetensors.numpy import save_file
