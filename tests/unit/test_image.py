@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import Tiny
+from fakes import Tiny
 from intarsia.pipelines import modular, preview, schedule
 from intarsia.pipelines.denoise import denoise
 from intarsia.pipelines.errors import Cancelled, InputError
