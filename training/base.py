@@ -47,9 +47,9 @@ class LatentPool:
 
     def __init__(self, bank: Bank, planner: Planner, parts: shape.Mini, count: int, seed: int) -> None:
         rng, device = np.random.default_rng(seed), bank.pixels.device
-        plain = min(count // 4, len(planner.rows))
-        plans = planner.plain([int(i) for i in rng.permutation(len(planner.rows))[:plain]], rng)
-        plans += planner.draw(count - plain, rng)
+        order = [int(i) for _ in range(3) for i in rng.permutation(len(planner.rows))]
+        plans = planner.plain(order[: count // 2], rng)  # half of them as they are, each under several captions
+        plans += planner.draw(count - len(plans), rng)
         self.ids = shape.tokenize(parts.tokenizer, [p.caption for p in plans]).to(device)
         made: list[Tensor] = []
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -99,7 +99,8 @@ class Trainer:
             key = (phase.size, inside // phase.refresh)
             if key != pool_key:
                 del pool  # both at once would not fit on a small machine
-                pool = LatentPool(bank_of[phase.size], planner, self.parts, phase.pool, hash_seed(self.seed, self.step))
+                since = self.step - inside % phase.refresh  # a run resumed in between must draw the same pool
+                pool = LatentPool(bank_of[phase.size], planner, self.parts, phase.pool, hash_seed(self.seed, since))
                 pool_key = key
             assert pool is not None
             loss = self._train_step(pool, phase)
@@ -187,8 +188,9 @@ class Trainer:
         for key, value in self.weights.items():
             value.data.copy_(tensors[f"weight/{key}"])
             self.average[key].copy_(tensors[f"average/{key}"])
-            names = ("exp_avg", "exp_avg_sq", "step")
-            self.optimizer.state[value] = {name: tensors[f"{name}/{key}"].clone() for name in names}
+            if f"exp_avg/{key}" in tensors:  # SDXL never reads the last layer of the first text encoder
+                names = ("exp_avg", "exp_avg_sq", "step")
+                self.optimizer.state[value] = {name: tensors[f"{name}/{key}"].clone() for name in names}
 
     def averaged(self) -> shape.Mini:
         """Put the averaged weights in place; training cannot go on after this."""

@@ -148,6 +148,7 @@ def scheduler() -> Part:
 def export(mini: Mini, folder: Path, size: int) -> None:
     """Write Mini, which draws `size` pixels by default, as a plain SDXL folder in fp16; temporary name first."""
     mini.unet.register_to_config(sample_size=size // 8)
+    mini.tokenizer.model_max_length = TOKENS
     import copy
 
     parts = {name: copy.deepcopy(part).to("cpu", torch.float16) for name, part in mini.trained().items()}
@@ -166,6 +167,10 @@ def export(mini: Mini, folder: Path, size: int) -> None:
     for name in ("text_encoder", "text_encoder_2"):  # transformers would otherwise load them in the stored fp16
         path = fresh / name / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True))
+    path = fresh / "vae" / "config.json"  # the loader warns of this value, which it derives by itself
+    settings = json.loads(path.read_text())
+    settings.pop("block_out_channels", None)
+    path.write_text(json.dumps(settings, indent=2, sort_keys=True))
     for extra in ("README.md", "card.json"):
         if (folder / extra).exists():
             shutil.copy2(folder / extra, fresh / extra)
