@@ -20,13 +20,15 @@
     try { localStorage.setItem("intarsia-theme", next); } catch { /* private window: holds until reload */ }
     document.body.classList.toggle("dark", next === "dark");
   });
-  document.addEventListener("DOMContentLoaded", () => {
+  const keepPainted = () => {
     paint();
     new MutationObserver(() => {   // gradio sets its own idea of dark once, after it has loaded
       const dark = stored() ? stored() === "dark" : null;
       if (dark !== null && document.body.classList.contains("dark") !== dark) paint();
     }).observe(document.body, { attributes: true, attributeFilter: ["class"] });
-  });
+  };
+  if (document.body) keepPainted();   // gradio may add this script after the page was parsed
+  else document.addEventListener("DOMContentLoaded", keepPainted);
 
   /* What a setting means is its label's tooltip. */
   document.addEventListener("pointerover", (event) => {

@@ -36,7 +36,7 @@ def start_training(page: Page, picture: Path, name: str, **options: object) -> N
 
 def test_a_blora_is_trained_watched_and_used(page: Page, tmp_path: Path, shots: Path) -> None:
     start_training(page, a_picture(tmp_path / "orange.png"), "orange", steps=6, sample_every=6)
-    expect(page.locator("#train-live .run[data-state=done]")).to_be_visible(timeout=120_000)
+    expect(page.locator("#train-live .run[data-state=done]")).to_be_visible(timeout=200_000)
     plot = page.locator("#train-live .plot")
     expect(plot).to_have_attribute("data-points", "6")
     expect(plot.locator("polyline.smooth")).to_be_visible()
@@ -122,7 +122,7 @@ def test_a_caption_is_kept_and_a_recipe_brings_its_own_form(page: Page, server: 
     request = server.store.jobs(kind="train")[0].request
     assert isinstance(request, TrainRequest)
     assert [picture.caption for picture in request.pictures] == ["an orange ball", ""]
-    expect(page.locator("#train-live .run[data-state=done]")).to_be_visible(timeout=120_000)
+    expect(page.locator("#train-live .run[data-state=done]")).to_be_visible(timeout=200_000)
 
 
 def a_picture_of_another_colour(path: Path) -> Path:
