@@ -3,7 +3,7 @@
 #   make studio      open the studio in the browser          (ARGS="--port 8000" passes flags on)
 #   make test        run the tests                           (ARGS="tests/unit -k layout" chooses some)
 #   make check       formatting, lint and types alone
-#   make mini        train Mini, the embedded model, anew    (ARGS="--help" lists its stages)
+#   make mini        train Mini, the embedded model, anew; cut off, it goes on (ARGS="--help" lists its stages)
 #   make benchmarks  measure, and write benchmarks/results
 #   make readme      bring the file list and the benchmark table of README.md up to date
 #   make wheel       build dist/*.whl
@@ -43,7 +43,8 @@ check: $(TOOLS)
 	$(BIN)/pyright
 
 mini: $(TOOLS)
-	@exec $(BIN)/python -m intarsia.training.base $(ARGS)
+	@$(BIN)/python -m intarsia.training.corpus --out runs/corpus
+	@exec $(BIN)/python -m intarsia.training.base --data runs/corpus --work runs/mini --out assets/mini $(ARGS)
 
 benchmarks: $(TOOLS)
 	$(BIN)/python -m benchmarks.startup
