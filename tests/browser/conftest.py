@@ -43,7 +43,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Generator[Server]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "INTARSIA_HOME": str(home.root), "PYTHONUNBUFFERED": "1"}
+    # One thread for the worker: browser and page want the other core, and threads that wait for each other crawl.
+    environment = {**os.environ, "INTARSIA_HOME": str(home.root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "intarsia.app", "ui", "--port", str(port), "--no-browser"]
     began = time.monotonic()
     with log.open("wb") as output:

@@ -26,9 +26,9 @@ def stop_all(page: Page) -> None:
 
 def test_a_picture_is_made_and_found_in_the_gallery(page: Page, server: Server, shots: Path) -> None:
     page.screenshot(path=shots / "generate-empty.png")
-    generate(page, "a red apple, twemoji style", steps=20, seed=7)
+    generate(page, "a red apple, twemoji style", steps=10, seed=7)
     live_step(page)
-    expect(page.locator("#stage .status")).to_contain_text("of 20")
+    expect(page.locator("#stage .status")).to_contain_text("of 10")
     expect(page.locator("#stage img.result")).to_be_visible(timeout=60_000)
     expect(page.locator("#stage .caption")).to_contain_text("seed 7")
     tile = page.locator("#gallery .tile img").first
