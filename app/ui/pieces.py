@@ -97,7 +97,8 @@ def loss_plot(losses: Sequence[tuple[int, float]], total: int = 0) -> str:
     if not losses:
         return '<div class="plot hollow"><span>The loss appears here after the first steps.</span></div>'
     width, height = CHART
-    last = max(total, losses[-1][0], 1)
+    reached = max(losses[-1][0], 1)
+    last = max(reached, min(total, 10 * reached))  # a run at its beginning shows more than a dash at the edge
     high = max(loss for _, loss in losses) * 1.05 or 1.0
     stride = max(1, len(losses) // CHART_POINTS)
 
