@@ -47,8 +47,10 @@ class LatentPool:
 
     def __init__(self, bank: Bank, planner: Planner, parts: shape.Mini, count: int, seed: int) -> None:
         rng, device = np.random.default_rng(seed), bank.pixels.device
-        order = [int(i) for _ in range(3) for i in rng.permutation(len(planner.rows))]
-        plans = planner.plain(order[: count // 2], rng)  # half of them as they are, each under several captions
+        wanted = int(count * planner.plain_share)
+        rounds = -(-wanted // len(planner.rows))  # each as it is, again and again, under other captions
+        order = [int(i) for _ in range(rounds) for i in rng.permutation(len(planner.rows))]
+        plans = planner.plain(order[:wanted], rng)
         plans += planner.draw(count - len(plans), rng)
         self.ids = shape.tokenize(parts.tokenizer, [p.caption for p in plans]).to(device)
         made: list[Tensor] = []
@@ -137,7 +139,8 @@ class Trainer:
         chosen = torch.randint(len(pool.latents), (batch,), generator=rng, device=device)
         clean = pool.latents[chosen].float()
         noise = torch.randn(clean.shape, generator=rng, device=device)
-        timesteps = torch.randint(1000, (batch,), generator=rng, device=device)
+        # Half of all draws fall on the noisiest quarter: there it is decided what is drawn, the rest is polish.
+        timesteps = 999 - (1000 * torch.rand(batch, generator=rng, device=device).square()).long()
         dropped = torch.rand(batch, generator=rng, device=device) < 0.1
         a, s = (table[timesteps][:, None, None, None] for table in (self.signal, self.noise))
         noisy, target = a * clean + s * noise, a * noise - s * clean
@@ -234,7 +237,7 @@ def main() -> None:
     train = _known([row for row in rows if row.split == "train"], given.contents)
     LOG.info("%d pictures, %d of them for training", len(rows), len(train))
     size = 256 if given.steps else 128  # without steps at 256 px, half the memory will do
-    bank, planner = Bank(given.data, train, size, device), Planner(train, given.scenes)
+    bank, planner = Bank(given.data, train, size, device), Planner(train, given.scenes, given.plain)
     if not (given.work / "tokenizer").exists():
         shape.train_tokenizer(vocabulary([r for r in rows if r.split == "train"]), given.work / "tokenizer")
     vae = _autoencoder(given, bank, planner, rows)
@@ -307,6 +310,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--stage", choices=("all", "autoencoder", "text"), default="all")
     parser.add_argument("--contents", type=Path, help="text file of the contents to learn, one label a line")
     parser.add_argument("--scenes", type=float, default=0.2, help="share of pictures of two or three objects")
+    parser.add_argument("--plain", type=float, default=0.3, help="share of pictures shown as they are, on white")
     parser.add_argument("--autoencoder-steps", type=int, default=10000)
     parser.add_argument("--decoder-steps", type=int, default=5000)
     parser.add_argument("--autoencoder-batch", type=int, default=64)

@@ -164,18 +164,26 @@ def export(mini: Mini, folder: Path, size: int) -> None:
     fresh = folder.with_name(folder.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline.save_pretrained(fresh, safe_serialization=True)
-    for name in ("text_encoder", "text_encoder_2"):  # transformers would otherwise load them in the stored fp16
-        path = fresh / name / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2, sort_keys=True))
-    path = fresh / "vae" / "config.json"  # the loader warns of this value, which it derives by itself
-    settings = json.loads(path.read_text())
-    settings.pop("block_out_channels", None)
-    path.write_text(json.dumps(settings, indent=2, sort_keys=True))
+    _tidy(fresh)
     for extra in ("README.md", "card.json"):
         if (folder / extra).exists():
             shutil.copy2(folder / extra, fresh / extra)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.replace(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Take out of the written settings what is of this machine, and what only makes loaders talk."""
+    for path in folder.rglob("*.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if path.name == "tokenizer.json":
+            continue
+        settings = {key: value for key, value in settings.items() if key not in ("_name_or_path", "name_or_path")}
+        if path.parent.name == "vae":
+            settings.pop("block_out_channels", None)  # its loader derives this, and warns of finding it
+        if path.parent.name.startswith("text_encoder"):
+            settings["dtype"] = "float32"  # transformers would otherwise load the stored fp16
+        path.write_text(json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def size_conditioning(count: int, size: int, device: torch.device) -> Tensor:

@@ -79,12 +79,14 @@ class Planner:
 
     Args:
         rows: The bank's pictures, in its order.
-        scenes: Share of pictures that hold two or three objects.
+        scenes: Share of drawn pictures that hold two or three objects.
+        plain_share: Share of all pictures that are to be shown as they are, on white.
     """
 
-    def __init__(self, rows: Sequence[Captioned], scenes: float = 0.2) -> None:
+    def __init__(self, rows: Sequence[Captioned], scenes: float = 0.2, plain_share: float = 0.3) -> None:
         self.rows = rows
         self.scenes = scenes
+        self.plain_share = plain_share
         # Combined sequences ("woman firefighter: dark hair") are a third of the names; they must not drown the rest.
         weights = np.array([0.35 if "200D" in row.code else 1.0 for row in rows])
         self.chance = weights / weights.sum()
