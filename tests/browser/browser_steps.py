@@ -68,3 +68,10 @@ def generate(page: Page, prompt: str, **settings: object) -> None:
 def toast(page: Page, text: str) -> None:
     """Wait for a toast with this text."""
     expect(page.locator(".toast-body", has_text=text).first).to_be_visible()
+
+
+def close_toasts(page: Page) -> None:
+    """Close every toast, as before a picture is taken."""
+    while page.get_by_test_id("toast-close").count():
+        page.get_by_test_id("toast-close").first.click()
+        page.wait_for_timeout(300)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from adapter_files import attention, kohya, lora, write
-from browser_steps import drop, generate, open_tab, toast
+from browser_steps import close_toasts, drop, generate, open_tab, toast
 from intarsia.pipelines.sources import resolve, unet_shapes
 from playwright.sync_api import Page, expect
 
@@ -28,6 +28,7 @@ def test_a_dropped_kohya_file_shows_its_module_count_and_can_be_used(page: Page,
     card = page.locator("#library .card[data-name=moss-painting]")
     expect(card).to_contain_text(f"{modules} of {modules} modules matched")
     expect(card).to_contain_text("rank 4")
+    close_toasts(page)
     page.screenshot(path=shots / "library.png")
     card.locator("[data-act=use]").click()
     expect(page.locator("#rack .use")).to_contain_text("moss-painting")

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from browser_steps import Server, drop, generate, open_tab, setting, toast
+from browser_steps import Server, close_toasts, drop, generate, open_tab, setting, toast
 from intarsia.app.processes import pid_of
 from intarsia.pipelines.requests import TrainRequest
 from PIL import Image, ImageDraw
@@ -79,6 +79,7 @@ def test_a_killed_worker_leaves_an_interrupted_run_that_resumes(
     expect(row).to_contain_text("interrupted")
     row.click()
     expect(page.locator("#run-detail")).to_contain_text("Interrupted")
+    close_toasts(page)
     page.screenshot(path=shots / "runs.png")
     page.locator("#run-detail [data-act=resume]").click()
     expect(page.locator("#run-detail .notice", has_text="Going on after step")).to_be_visible(timeout=90_000)
