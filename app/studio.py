@@ -154,8 +154,15 @@ class Studio:
         return Shelf(self.home)
 
     def import_adapter(self, path: Path, name: str | None = None, replace: bool = False) -> Entry:
-        """Check an adapter file and copy it into the library."""
-        return self.shelf.add(path, name=name, replace=replace)
+        """Check an adapter file and copy it into the library; a whole B-LoRA brings its two halves along.
+
+        A name that was chosen must be free (or `replace`d); a file's own name, often the same in every folder, gets a
+        number where it is taken.
+        """
+        entry = self.shelf.add(path, name=name, replace=replace, numbered=name is None)
+        if len(entry.halves) == 2 and not any(other.group == entry.name for other in self.shelf.entries()):
+            self.shelf.split(entry.name)
+        return entry
 
     def models(self) -> list[ModelInfo]:
         """List the models that are at hand: Mini, those in the home's `models` folder, those used before."""

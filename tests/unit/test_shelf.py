@@ -17,6 +17,7 @@ from adapter_files import Arrays, attention, kohya, lora, peft, write
 from intarsia.app import shelf as shelf_module
 from intarsia.app.settings import Home
 from intarsia.app.shelf import Shelf, make_slug
+from intarsia.app.studio import Studio
 from intarsia.pipelines.architectures import reference
 from intarsia.pipelines.errors import AdapterError, InputError, MemoryLimitError
 from PIL import Image
@@ -158,6 +159,24 @@ def test_a_b_lora_with_both_halves_is_split(home: Home, tmp_path: Path) -> None:
     assert files(home) == ["cat-content.safetensors", "cat-style.safetensors", "cat.safetensors"]
     with pytest.raises(AdapterError, match="does not hold"):
         shelf.split("cat-style")
+
+
+def test_the_studio_numbers_files_of_one_name_and_brings_both_halves_of_a_b_lora(home: Home, tmp_path: Path) -> None:
+    both = {p: s for p, s in B_LORA.items() if ".attentions.2" not in p}
+    with Studio(home) as studio:
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            file = make(tmp_path / folder / "pytorch_lora_weights.safetensors", seed=ord(folder))
+            studio.import_adapter(file)
+        whole = make(tmp_path / "cat.safetensors", tensors=lora(both, kohya, rank=1, alpha=1))
+        studio.import_adapter(whole)
+        studio.import_adapter(whole)  # again: nothing is added twice
+        names = [entry.name for entry in studio.shelf.entries()]
+        assert names == [
+            "pytorch_lora_weights", "pytorch_lora_weights-2", "cat", "cat-content", "cat-style"
+        ]  # fmt: skip
+        with pytest.raises(InputError, match="already has"):
+            studio.import_adapter(make(tmp_path / "c.safetensors", seed=9), name="cat")
 
 
 def thumbnail(kind: str = "png", size: tuple[int, int] = (900, 300)) -> str:
