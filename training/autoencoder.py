@@ -1,8 +1,10 @@
-"""Train Mini's autoencoder: 8x down to eight channels with zero mean and unit variance, so no scaling is needed.
+"""Mini's autoencoder: 8x down to eight channels.
 
-The loss is L1 + L2 + L1 of image gradients on random crops; a small penalty pulls each latent channel towards zero
-mean and unit variance, and what is left of scale and shift is folded into the encoder's last layer before the
-decoder's last steps, which then see exactly the latents that generation will see.
+The encoder is computed, not trained: its latents are the whitened principal components of 8x8 patches, which three
+strided convolutions without blocks can hold exactly. Latents are so linear in the picture (a mixture of two colours
+lies between them, what an early, blurred guess of the denoiser needs), with zero mean and unit variance. The decoder
+is trained: L1 + L2 + L1 of image gradients on random crops. It sees more than one patch, and so draws sharper lines
+than the components alone hold.
 """
 
 from __future__ import annotations
@@ -20,10 +22,9 @@ from .scenes import Bank, Planner
 
 @dataclass(frozen=True)
 class AutoencoderOptions:
-    """How to train the autoencoder: first both halves, then, on its final latents, the decoder alone."""
+    """How to train the decoder."""
 
     steps: int = 10000
-    decoder_steps: int = 5000
     batch: int = 64
     crop: int = 64
     learning_rate: float = 1e-3
@@ -47,14 +48,59 @@ def crops(pictures: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     )  # (batch, 3, size, size)
 
 
+def components(pictures: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Whitened principal components of 8x8 patches of `(batch, 3, height, width)` in 0..1.
+
+    Returns:
+        Projection `(count, 192)`, whose product with a patch (channel, row, column) less the mean has unit variance,
+        and the mean patch `(192,)`.
+    """
+    patches = torch.nn.functional.unfold(pictures, 8, stride=8).transpose(1, 2).reshape(-1, 192).double()
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    chosen = vectors[:, -count:].flip(1)  # strongest first
+    chosen = chosen * chosen.sum(0).sign().where(
+        chosen.sum(0) != 0, torch.ones(count).double()
+    )  # eigh leaves signs open
+    return (chosen / values[-count:].flip(0).sqrt()).T.float(), mean.float()
+
+
 @torch.no_grad()
-def whiten(vae: Part, pictures: Tensor) -> None:
-    """Fold per-channel mean and deviation of the latents of `pictures` into the encoder's last layer."""
-    latents = torch.cat([vae.encode(part).latents for part in pictures.split(64)])
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    last = vae.encoder.layers[-1]
-    last.weight.div_(deviation[:, None, None, None])
-    last.bias.sub_(mean).div_(deviation)
+def fit_encoder(vae: Part, pictures: Tensor) -> None:
+    """Set the encoder's weights so that latents are the whitened principal components of the pictures' patches.
+
+    Each strided convolution copies the four pixels of a 2x2 square into four channels: 3, 12, 48; the last one
+    projects. The encoder sees pictures in 0..1.
+
+    Args:
+        vae: From `mini.build_autoencoder`.
+        pictures: `(batch, 3, height, width)` in -1..1.
+    """
+    first, *strided, last = [layer for layer in vae.encoder.layers if isinstance(layer, torch.nn.Conv2d)]
+    projection, mean = components((pictures + 1) / 2, last.out_channels)
+    for parameter in vae.encoder.parameters():
+        parameter.zero_()
+    for channel in range(3):
+        first.weight[channel, channel, 1, 1] = 1
+    where = {channel: (channel, 0, 0, 1) for channel in range(3)}  # channel -> colour, row, column, side of its square
+    for layer in strided[:2]:
+        found: dict[int, tuple[int, int, int, int]] = {}
+        for channel, (colour, row, column, side) in where.items():
+            for corner in range(4):
+                down, across = divmod(corner, 2)
+                layer.weight[4 * channel + corner, channel, 1 + down, 1 + across] = 1
+                found[4 * channel + corner] = (colour, row + down * side, column + across * side, 2 * side)
+        where = found
+    patch = projection.reshape(-1, 3, 8, 8)
+    for channel, (colour, row, column, side) in where.items():
+        for corner in range(4):
+            down, across = divmod(corner, 2)
+            weights = patch[:, colour, row + down * side, column + across * side]
+            strided[2].weight[: len(patch), channel, 1 + down, 1 + across] = weights
+    for channel in range(len(patch)):
+        last.weight[channel, channel, 1, 1] = 1
+    assert last.bias is not None
+    last.bias.copy_(-projection @ mean)
 
 
 @torch.no_grad()
@@ -67,42 +113,21 @@ def psnr(vae: Part, pictures: Tensor) -> float:
     return float(torch.cat(values).mean())
 
 
-def train_encoder(
+def train_decoder(
     vae: Part, bank: Bank, planner: Planner, options: AutoencoderOptions, report: Callable[[str], None]
 ) -> None:
-    """Train both halves in place on the bank's device, then whiten the latents; the encoder is final after this.
+    """Train the decoder in place, on the bank's device, in bf16 autocast on a GPU and fp32 on a CPU.
 
     Args:
-        vae: The untrained autoencoder.
+        vae: With its encoder fitted.
         bank: Pictures.
         planner: Draws what is shown.
         options: How long and how.
         report: Gets a line of text now and then.
     """
-    _train(vae, bank, planner, options, report, joint=True)
-    with torch.no_grad():
-        whiten(vae, bank.render(planner.draw(1024, np.random.default_rng(options.seed + 1))))
-
-
-def train_decoder(
-    vae: Part, bank: Bank, planner: Planner, options: AutoencoderOptions, report: Callable[[str], None]
-) -> None:
-    """Train the decoder alone, in place, on the final latents; same arguments as `train_encoder`."""
-    _train(vae, bank, planner, options, report, joint=False)
-
-
-def _train(
-    vae: Part,
-    bank: Bank,
-    planner: Planner,
-    options: AutoencoderOptions,
-    report: Callable[[str], None],
-    *,
-    joint: bool,
-) -> None:
-    device, rng = bank.pixels.device, np.random.default_rng(options.seed + 2 * (not joint))
-    gpu, steps = device.type == "cuda", options.steps if joint else options.decoder_steps
-    vae.to(device, memory_format=torch.channels_last).train().encoder.requires_grad_(joint)
+    device, rng = bank.pixels.device, np.random.default_rng(options.seed)
+    gpu, steps = device.type == "cuda", options.steps
+    vae.to(device, memory_format=torch.channels_last).train().encoder.requires_grad_(False)
     encode, decode = (torch.compile(half) if gpu else half for half in (vae.encoder, vae.decoder))
     learned = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=options.learning_rate, weight_decay=1e-3, fused=True)
@@ -118,13 +143,11 @@ def _train(
             shake = torch.randn(latents.shape, generator=noise, device=device, dtype=latents.dtype)
             made = decode(latents + options.latent_noise * shake)
         loss = reconstruction_loss(made.float(), batch)
-        flat = latents.float().transpose(0, 1).flatten(1)  # (channels, everything else)
-        penalty = flat.mean(1).square().mean() + (flat.std(1) - 1).square().mean()
         optimizer.zero_grad(set_to_none=True)
-        (loss + 0.02 * penalty if joint else loss).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            report(f"{'autoencoder' if joint else 'decoder'} step {step} of {steps}: loss {float(loss.detach()):.4f}")
+            report(f"decoder step {step} of {steps}: loss {float(loss.detach()):.4f}")
     vae.requires_grad_(True).eval()

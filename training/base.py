@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import mini as shape
-from .autoencoder import AutoencoderOptions, psnr, train_decoder, train_encoder
+from .autoencoder import AutoencoderOptions, fit_encoder, psnr, train_decoder
 from .corpus import Captioned
 from .scenes import COLOURS, Bank, Planner, named, read_folder
 
@@ -245,6 +245,8 @@ def main() -> None:
         return
     tokenizer = shape.transformers.CLIPTokenizer.from_pretrained(given.work / "tokenizer")
     parts = shape.build(tokenizer, vae, given.seed)
+    if given.start_from:
+        shape.start_from(parts, given.start_from)
     for part in parts.trained().values():
         part.to(device).train()
     parts.unet.to(memory_format=torch.channels_last)
@@ -265,18 +267,13 @@ def main() -> None:
 
 
 def _autoencoder(given: argparse.Namespace, bank: Bank, planner: Planner, rows: Sequence[Captioned]) -> shape.Part:
-    """The autoencoder, trained as far as `given.stage` asks: its encoder alone suffices for text-to-image."""
+    """The autoencoder, made as far as `given.stage` asks: its encoder alone suffices for text-to-image."""
     final, encoder, device = given.work / "vae", given.work / "encoder", bank.pixels.device
-    options = AutoencoderOptions(
-        steps=given.autoencoder_steps,
-        decoder_steps=given.decoder_steps,
-        batch=given.autoencoder_batch,
-        seed=given.seed,
-    )
+    options = AutoencoderOptions(steps=given.decoder_steps, batch=given.decoder_batch, seed=given.seed)
     if not encoder.exists():
         torch.manual_seed(given.seed)
         vae = shape.build_autoencoder()
-        train_encoder(vae, bank, planner, options, LOG.info)
+        fit_encoder(vae, bank.render(planner.draw(2048, np.random.default_rng(given.seed))).cpu())
         vae.save_pretrained(encoder)
     if not final.exists() and given.stage != "text":
         vae = shape.diffusers.AutoencoderTiny.from_pretrained(encoder)
@@ -305,15 +302,15 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints; found there, work goes on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--start-from", type=Path, help="an earlier Mini, of the same shape but other latents")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop and checkpoint after so long")
     parser.add_argument("--stage", choices=("all", "autoencoder", "text"), default="all")
     parser.add_argument("--contents", type=Path, help="text file of the contents to learn, one label a line")
     parser.add_argument("--scenes", type=float, default=0.2, help="share of pictures of two or three objects")
     parser.add_argument("--plain", type=float, default=0.3, help="share of pictures shown as they are, on white")
-    parser.add_argument("--autoencoder-steps", type=int, default=10000)
-    parser.add_argument("--decoder-steps", type=int, default=5000)
-    parser.add_argument("--autoencoder-batch", type=int, default=64)
+    parser.add_argument("--decoder-steps", type=int, default=10000)
+    parser.add_argument("--decoder-batch", type=int, default=64)
     parser.add_argument("--small-steps", type=int, default=8000, help="text-to-image steps at 128 px")
     parser.add_argument("--small-batch", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=16000, help="text-to-image steps at 256 px")

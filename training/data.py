@@ -192,10 +192,11 @@ def _checked(pack: zipfile.ZipFile, name: str) -> Iterator[zipfile.ZipInfo]:
         unsafe = _unsafe(info)
         if unsafe:
             raise InputError(f"{name} holds {unsafe} ({info.filename[:80]!r}); it is not unpacked.", "Pack it again.")
-    for info in infos:
-        path = PurePosixPath(info.filename)
-        if not _hidden(path) and path.suffix.lower() in SUFFIXES | {".txt"}:
-            yield info
+    paths = [(info, PurePosixPath(info.filename)) for info in infos]
+    wanted = [(info, path) for info, path in paths if not _hidden(path)]
+    if not any(path.suffix.lower() in SUFFIXES for _, path in wanted):
+        raise InputError(f"There are no pictures in {name}.", f"Pictures end in {', '.join(sorted(SUFFIXES))}.")
+    yield from (info for info, path in wanted if path.suffix.lower() in SUFFIXES | {".txt"})
 
 
 def _unsafe(info: zipfile.ZipInfo) -> str:

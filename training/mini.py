@@ -85,9 +85,10 @@ class Mini:
 
 
 def build_autoencoder() -> Part:
-    """An `AutoencoderTiny`, 8x down to 8 channels; the decoder is wider, for it has to draw fine lines."""
+    """An `AutoencoderTiny`, 8x down to 8 channels; its encoder has no blocks, hence is linear (see autoencoder.py)."""
     return diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(32, 32, 32, 32),
+        encoder_block_out_channels=(48, 48, 48, 48),
+        num_encoder_blocks=(0, 0, 0, 0),
         decoder_block_out_channels=(48, 48, 48, 48),
         latent_channels=LATENTS,
         scaling_factor=1.0,
@@ -130,6 +131,14 @@ def build(tokenizer: Part, vae: Part, seed: int) -> Mini:
     return Mini(
         tokenizer, transformers.CLIPTextModel(first), transformers.CLIPTextModelWithProjection(second), unet, vae
     )
+
+
+def start_from(mini: Mini, folder: Path) -> None:
+    """Take over the networks of an earlier Mini, but for the two layers that know what the latents mean."""
+    for name, part in mini.trained().items():
+        earlier = type(part).from_pretrained(folder / name, torch_dtype=torch.float32).state_dict()
+        kept = {key: value for key, value in earlier.items() if not key.startswith(("conv_in.", "conv_out."))}
+        part.load_state_dict({**part.state_dict(), **kept})
 
 
 def scheduler() -> Part:

@@ -107,17 +107,30 @@ def test_training_noise_is_the_exported_sampler_s() -> None:
     torch.testing.assert_close(alphas[:-1], sampler.alphas_cumprod[:-1])
 
 
-def test_whitening_gives_latents_of_zero_mean_and_unit_variance() -> None:
-    from intarsia.training.autoencoder import whiten
+def test_latents_are_whitened_principal_components_of_patches(bank: scenes.Bank) -> None:
+    """Oracle: numpy's singular values of the very patches, cut out by slicing."""
+    from intarsia.training.autoencoder import fit_encoder
 
-    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    mixed = torch.from_numpy(rng.random((48, 3, 4, 4))).float()
+    pictures = torch.nn.functional.interpolate(mixed, (32, 32), mode="bilinear") * 2 - 1  # (48, 3, 32, 32)
     vae = mini.build_autoencoder()
-    pictures = torch.rand(16, 3, 32, 32) * 2 - 1
-    whiten(vae, pictures)
+    fit_encoder(vae, pictures)
     with torch.no_grad():
-        latents = vae.encode(pictures).latents
-    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
-    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(8), atol=1e-4, rtol=0)
+        latents = vae.encode(pictures).latents  # (48, 8, 4, 4)
+    values = latents.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.cov(values), torch.eye(8), atol=2e-3, rtol=0)
+    torch.testing.assert_close(values.mean(1), torch.zeros(8), atol=2e-3, rtol=0)
+    array = ((pictures + 1) / 2).numpy()
+    cut = [
+        array[n, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].ravel() for n in range(48) for y in range(4) for x in range(4)
+    ]
+    patches = np.stack(cut) - np.mean(cut, axis=0)
+    left, _, _ = np.linalg.svd(patches.astype(np.float64), full_matrices=False)
+    expected = left[:, :8] * np.sqrt(len(cut) - 1)  # (patches, 8)
+    found = latents.permute(0, 2, 3, 1).reshape(-1, 8).numpy()
+    same = np.abs((found * expected).mean(0))  # both have unit variance: 1 means equal up to sign
+    np.testing.assert_allclose(same, 1, atol=0.01)
 
 
 def trainer(folder: Path, work: Path) -> tuple[base.Trainer, scenes.Bank, scenes.Planner]:
