@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..pipelines.errors import InputError
 from . import present
 from .cli_console import Console, complain, guarded
 from .cli_lists import add_adapters, add_models, doctor
@@ -17,12 +18,17 @@ from .studio import Studio
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[
-    int | None, typer.Option(help="Port to listen on; 7860 or the next free one if not given.", show_default=False)
+    str | None,  # a number is read by `port_number`, which refuses in plain words
+    typer.Option(
+        help="Port to listen on; 7860 or the next free one if not given.", show_default=False, metavar="INTEGER"
+    ),
 ]
 NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")]
 
 # click's own base of all usage errors; typer exports only this leaf of it
 UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+LAST_PORT = 65_535
 
 app = typer.Typer(
     name="intarsia",
@@ -42,13 +48,28 @@ def start(context: typer.Context, host: Host = "127.0.0.1", port: Port = None, n
 @app.command()
 def ui(host: Host = "127.0.0.1", port: Port = None, no_browser: NoBrowser = False) -> None:
     """Open the page."""
+    with guarded(Console(False)):
+        chosen = port_number(port)
     with guarded(Console(False)), Studio().start() as studio:  # the worker loads while the page does
         from .ui.serve import launch
 
         for number in (signal.SIGINT, signal.SIGTERM):  # a polite kill ends the page as Ctrl-C does
             signal.signal(number, signal.default_int_handler)
         with contextlib.suppress(KeyboardInterrupt):
-            launch(studio, host, port, not no_browser, announce)
+            launch(studio, host, chosen, not no_browser, announce)
+
+
+def port_number(text: str | None) -> int | None:
+    """Read a port.
+
+    Raises:
+        InputError: It is no number that a port can have.
+    """
+    if text is None or (text.isascii() and text.isdecimal() and 1 <= int(text) <= LAST_PORT):
+        return None if text is None else int(text)
+    raise InputError(
+        f"Port {text} does not exist.", f"Give a number from 1 to {LAST_PORT} with --port, or leave it out."
+    )
 
 
 def announce(address: str) -> None:

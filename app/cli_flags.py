@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..pipelines.errors import InputError
-from ..pipelines.options import OptionInfo
+from ..pipelines.options import OptionInfo, plain_number
 
 SHOWN = {"int": "INTEGER", "float": "NUMBER"}  # how --help names the value of each kind of option
 
@@ -64,17 +64,13 @@ def explain(option: OptionInfo) -> str:
     if option.choices:
         facts.append(", ".join(option.choices))
     elif option.kind in ("int", "float") and option.low is not None and option.high is not None:
-        facts.append(f"{_number(option.low)} to {_number(option.high)} {option.unit}".strip())
+        facts.append(f"{plain_number(option.low)} to {plain_number(option.high)} {option.unit}".strip())
     if option.required:
         facts.append("required")
     elif option.default not in (None, ""):
         facts.append(f"default {option.default}")
     text = option.help or f"{option.label}."
     return f"{text} ({'; '.join(facts)})" if facts else text
-
-
-def _number(value: float) -> str:
-    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def given_values(options: Iterable[OptionInfo], given: Mapping[str, Any]) -> dict[str, Any]:

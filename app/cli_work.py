@@ -12,6 +12,7 @@ import typer
 from ..pipelines.errors import InputError
 from ..pipelines.events import Artifact, CancelToken, Event, Failed, Stopped
 from ..pipelines.options import describe
+from ..pipelines.picture import open_picture
 from ..pipelines.requests import AdapterUse, GenerateRequest, TrainingPicture, TrainRequest
 from . import present
 from .cli_console import Console, complain, guarded, stopping
@@ -34,10 +35,10 @@ def add_generate(app: typer.Typer) -> None:
 
     @command(app, "generate", "Make pictures from a prompt.", parameters)
     def generate(given: dict[str, Any]) -> None:
-        values = given_values(GENERATE, given)
-        values["adapters"] = [adapter_use(text) for text in given["adapter"] or ()]
         console = Console(bool(given["machine"]))
         with guarded(console):
+            values = given_values(GENERATE, given)
+            values["adapters"] = [adapter_use(text) for text in given["adapter"] or ()]
             request = GenerateRequest.parse(values)
             out = _writable_target(given["out"])
             with Studio() as studio:
@@ -105,6 +106,9 @@ def _training_request(studio: Studio, values: dict[str, Any], given: Mapping[str
             old = studio.resumed(job_id).model_dump()
             return TrainRequest.parse(old | values | {"options": old["options"] | values["options"]}), job_id
         values["resume_from"] = str(Path(given["resume"]).absolute())
+    for path in given["image"] or ():
+        if not path.is_dir() and path.suffix.lower() != ".zip":
+            open_picture(path)  # a broken one is named before the model is loaded
     pictures = [TrainingPicture(path=str(path.absolute())) for path in given["image"] or ()]
     if given["images"] is not None:
         pictures += studio.pictures(given["images"])

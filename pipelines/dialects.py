@@ -88,7 +88,7 @@ class Foreign:
 
 
 WHOLE = "Give it as the model (--model FILE, or the Model box), not as an adapter."
-OTHER_MODEL = "It cannot work here: use an adapter made for SD 1.5, SDXL or Mini."
+OTHER_MODEL = "Use an adapter made for SD 1.5, SDXL or Mini."
 
 # Order matters: the more telling marker first. Searched before plain LoRA is tried.
 ALGORITHMS: tuple[Foreign, ...] = (

@@ -230,7 +230,11 @@ def _judge(
         warnings.append(f"{made}{some}, first {report.misfits[0]}.")
     report = replace(report, warnings=tuple(warnings))
     if index is not None and report.matched < report.modules:
-        return replace(report, refusal=misfit_sentence(report), hint=f"It was made for {_made_for(report)}.")
+        return replace(
+            report,
+            refusal=misfit_sentence(report),
+            hint=f"It was made for {_made_for(report)}: choose such a model, or another adapter.",
+        )
     if _is_sd2(header, found):
         return replace(
             report,

@@ -144,7 +144,8 @@ def picture_size(request: GenerateRequest, model: Model) -> tuple[int, int]:
         if side % step:
             near = max(step, round(side / step) * step)
             raise InputError(
-                f"{field} cannot be {side}: {model.spec.title} needs multiples of {step} pixels.", f"Try {near}."
+                f"{field.capitalize()} cannot be {side}: {model.spec.title} needs multiples of {step} pixels.",
+                f"Try {near}.",
             )
     return size
 

@@ -106,7 +106,10 @@ def free_port(host: str, port: int | None) -> int:
                 tried.bind((host, candidate))
             except OSError as error:
                 if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise InputError(f"The page cannot listen on {host}: {error.strerror}.", "Choose --host.") from None
+                    raise InputError(
+                        f"The page cannot listen on {host}: {error.strerror}.",
+                        "Leave --host out, or give an address of this computer.",
+                    ) from None
                 continue
         return candidate
     if port is None:

@@ -89,7 +89,7 @@ def test_a_reload_and_a_second_tab_find_the_running_job(page: Page, new_page: Ne
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
-    [("width", "100", "width cannot be"), ("height", "eight", "height cannot be"), ("model", "nowhere/at-all", "")],
+    [("width", "100", "Width cannot be"), ("height", "eight", "Height cannot be"), ("model", "nowhere/at-all", "")],
 )
 def test_a_wrong_value_is_told_in_a_toast_and_starts_nothing(
     page: Page, server: Server, name: str, value: str, said: str

@@ -6,12 +6,17 @@ import json
 import os
 import pty
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from intarsia.app.cli import UsageError
@@ -24,6 +29,7 @@ from intarsia.pipelines.events import Done, Progress
 from intarsia.pipelines.options import describe
 from intarsia.pipelines.requests import AdapterUse, GenerateRequest
 from PIL import Image
+from safetensors.numpy import save_file
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 COMMANDS = [
@@ -129,18 +135,22 @@ def test_adapters_are_named_with_an_optional_weight(text: str, expected: Adapter
 
 @pytest.mark.parametrize("text", ["cat:99", "cat:nan", "cat:inf"])
 def test_a_weight_out_of_bounds_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="weight"):
+    with pytest.raises(InputError, match="Weight"):
         adapter_use(text)
 
 
 REFUSED: list[tuple[list[str], str]] = [
-    (["generate", "--steps", "0"], "steps"),
+    (["generate", "--steps", "0"], "Steps cannot be 0"),
     (["generate", "--steps", "many"], "many"),
     (["generate", "--nonsense"], "--nonsense"),
     (["nonsense"], "nonsense"),
     (["generate", "--model", "/no/such/model"], "/no/such/model"),
-    (["generate", "--width", "65"], "width"),
-    (["generate", "--prompt", "x" * 10_000], "prompt"),
+    (["generate", "--width", "65"], "Try 64 or 72"),
+    (["generate", "--prompt", "x" * 10_000], "10,000 characters, at most 2,000"),
+    (["generate", "--adapter", "cat:99"], "Weight cannot be 99"),
+    (["generate", "--adapter", "nobody"], "nobody"),
+    (["ui", "--port", "99999"], "Port 99999 does not exist"),
+    (["--port", "many"], "Port many does not exist"),
     (["generate", "--out", "picture.jpg"], "picture.jpg"),
     (["generate", "--out", "/no/such/folder/a.png"], "/no/such/folder"),
     (["generate", "--scheduler", "magic"], "magic"),
@@ -152,6 +162,94 @@ REFUSED: list[tuple[list[str], str]] = [
     (["adapters", "remove", "nobody"], "nobody"),
     (["models", "info", "no-such-model"], "no-such-model"),
 ]
+
+
+# what lies in the folder of bad files -> how it is refused
+BAD_PICTURES = {
+    "missing.png": "There is no picture",
+    "empty.png": "empty.png is empty",
+    "cut.png": "cut off or damaged",
+    "text.png": "not a picture",
+    "huge.png": "more than 64,000,000 pixels",
+    "moving.gif": "an animation of 2 frames",
+}
+BAD_ZIPS = {
+    "leaving.zip": "leads out of its folder",
+    "bomb.zip": "times its size",
+    "none.zip": "There are no pictures in none.zip",
+    "text.zip": "not a usual zip",
+}
+BAD_ADAPTERS = {
+    "missing.safetensors": "There is no file",
+    "empty.safetensors": "is empty",
+    "header.safetensors": "header of 104,857,600 bytes",
+    "zip.safetensors": "a zip or PyTorch pickle",
+    **{f"pickle.{ending}": "could run code when opened" for ending in ("ckpt", "pt", "bin")},
+    "nan.safetensors": "holds NaN or infinity",
+    "flux.safetensors": "is an adapter for FLUX.1",
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every kind of file that must be refused."""
+    folder = tmp_path_factory.mktemp("bad")
+    plain = Image.linear_gradient("L")
+    plain.save(folder / "good.png")
+    good = (folder / "good.png").read_bytes()
+    (folder / "cut.png").write_bytes(good[: len(good) // 2])
+    size = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 10_000, 8, 0, 0, 0, 0)
+    huge = good[:12] + size + struct.pack(">I", zlib.crc32(size)) + good[33:]
+    (folder / "huge.png").write_bytes(huge)
+    plain.save(folder / "moving.gif", save_all=True, append_images=[plain.rotate(90)])
+    for name in ("empty.png", "empty.safetensors"):
+        (folder / name).touch()
+    for name in ("text.png", "text.zip"):
+        (folder / name).write_text("hello")
+    for name, inside, content in (
+        ("leaving.zip", "../../evil.png", good),
+        ("bomb.zip", "a.png", bytes(20_000_000)),
+        ("none.zip", "a.doc", good),
+        ("zip.safetensors", "data.pkl", b""),
+    ):
+        with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as pack:
+            pack.writestr(inside, content)
+    for ending in ("ckpt", "pt", "bin"):
+        (folder / f"pickle.{ending}").write_bytes(b"\x80\x02}q\x00.")
+    (folder / "header.safetensors").write_bytes(struct.pack("<Q", 100 * 2**20) + b"{" + b" " * 100)
+    down, up = np.full((2, 320), np.nan, np.float32), np.ones((320, 2), np.float32)
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    save_file({f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}, folder / "nan.safetensors")
+    layer = "lora_unet_double_blocks_0_img_attn_qkv"
+    save_file({f"{layer}.lora_down.weight": up.T.copy(), f"{layer}.lora_up.weight": up}, folder / "flux.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "said"), (BAD_PICTURES | BAD_ZIPS).items(), ids=lambda value: value)
+def test_a_bad_picture_or_zip_is_refused_before_the_model_is_loaded(
+    home: Home, bad_files: Path, name: str, said: str
+) -> None:
+    flag = "--images" if name.endswith(".zip") else "--image"
+    assert_refused(intarsia("train", "lora", flag, str(bad_files / name), "--name", "cat"), name, said)
+    left = [path for path in home.root.rglob("*") if path.is_file() and not path.name.startswith("studio.db")]
+    assert left == [] and not (bad_files.parent / "evil.png").exists()
+    with Studio(home) as studio:
+        assert studio.jobs() == []
+
+
+@pytest.mark.parametrize(("name", "said"), BAD_ADAPTERS.items(), ids=lambda value: value)
+def test_a_bad_adapter_is_refused_and_not_kept(home: Home, bad_files: Path, name: str, said: str) -> None:
+    assert_refused(intarsia("adapters", "import", str(bad_files / name)), name, said)
+    with Studio(home) as studio:
+        assert list(studio.shelf.entries()) == []
+    left = [path for path in home.root.rglob("*") if path.is_file() and not path.name.startswith("studio.db")]
+    assert left == []
+
+
+def test_a_port_that_is_taken_is_named(home: Home) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert_refused(intarsia("ui", "--no-browser", "--port", str(port)), f"Port {port} is taken", "--port")
 
 
 @pytest.mark.parametrize(("arguments", "named"), REFUSED, ids=lambda value: " ".join(value)[:60])

@@ -274,7 +274,7 @@ def test_a_finished_picture_survives_a_stop_in_the_next(make: Make, tmp_path: Pa
 
 def test_the_size_is_the_models_own_unless_asked_for(make: Make, tmp_path: Path) -> None:
     assert open_picture(pictures(run(make("sdxl"), tmp_path, width=None, height=40))[0]).size == (64, 40)
-    with pytest.raises(InputError, match="width cannot be 40") as caught:
+    with pytest.raises(InputError, match="Width cannot be 40") as caught:
         run(make("flux1"), tmp_path, width=40)
     assert "48" in caught.value.hint or "32" in caught.value.hint
 

@@ -48,7 +48,7 @@ def test_an_emptied_number_is_named_and_a_wrong_text_is_refused() -> None:
     sent = dict(zip(form.components, form.show(GenerateRequest()), strict=True))
     with pytest.raises(InputError, match="Seed is empty"):
         form.read({**sent, form.controls["seed"]: None})
-    with pytest.raises(InputError, match="width"):
+    with pytest.raises(InputError, match="Width"):
         GenerateRequest.parse(form.read({**sent, form.controls["width"]: "wide"}))
 
 

@@ -163,7 +163,7 @@ def test_too_little_memory_says_what_to_lower(
     [
         ({"recipe": "lorra"}, "no recipe 'lorra'"),
         ({"options": {"stepz": 3}}, "no setting called stepz"),
-        ({"options": {"steps": 0}}, "steps cannot be 0"),
+        ({"options": {"steps": 0}}, "Steps cannot be 0"),
         ({"pictures": ()}, "exactly one picture"),
         ({"pictures": (TrainingPicture(path="/nowhere/a.png"),)}, r"no file or folder /nowhere/a\.png"),
     ],
