@@ -18,10 +18,10 @@ import typer
 from ..pipelines.errors import IntarsiaError
 from ..pipelines.events import CancelToken, Event, Progress
 from . import present
+from .settings import Home
 
 PLAIN_EVERY = 5.0  # seconds between two progress lines where nobody watches a terminal
 LINE_EVERY = 0.1
-HOME_HINT = "Is its folder on a full or read-only disk? INTARSIA_HOME chooses another."
 
 
 class Console:
@@ -93,11 +93,8 @@ def guarded(console: Console) -> Generator[None]:
         yield
     except IntarsiaError as error:
         shown = present.show_error(error)
-    except sqlite3.Error as error:
-        shown = present.Shown("input", f"The job store cannot be used: {error}.", HOME_HINT, present.EXIT_PERSON)
-    except OSError as error:
-        text = f"{error.filename or 'A file'}: {error.strerror or error}."
-        shown = present.Shown("input", text, "Check the folder and the room on its disk.", present.EXIT_PERSON)
+    except (sqlite3.Error, OSError) as error:
+        shown = present.show_error(present.storage_error(error, Home.default().root))
     else:
         return
     complain(shown)

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from ..pipelines.atomic import replacing
 from ..pipelines.errors import InputError
 from ..pipelines.events import Artifact, CancelToken, Event, Failed, Stopped
 from ..pipelines.options import describe
@@ -197,7 +198,6 @@ def _copy_out(made: list[Artifact], out: Path | None) -> list[str]:
         return [item.path for item in made]
     targets = [out] if len(made) == 1 else [out.with_stem(f"{out.stem}-{n}") for n in range(1, len(made) + 1)]
     for item, target in zip(made, targets, strict=True):
-        temporary = target.with_name(f".{target.name}.part")
-        shutil.copyfile(item.path, temporary)
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            shutil.copyfile(item.path, temporary)
     return [str(target) for target in targets]

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import sqlite3
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
-from ..pipelines.errors import Cancelled, IntarsiaError
+from ..pipelines.atomic import FULL
+from ..pipelines.errors import Cancelled, InputError, IntarsiaError, MemoryLimitError
 from ..pipelines.events import (
     Artifact,
     Done,
@@ -22,6 +27,9 @@ from ..pipelines.events import (
 from ..pipelines.requests import GenerateRequest, TrainRequest
 
 EXIT_DONE, EXIT_BUG, EXIT_PERSON, EXIT_STOPPED = 0, 1, 2, 130
+
+HOME_HINT = "Is its folder read-only? INTARSIA_HOME chooses another."
+ROOM = 500_000  # bytes; with less free space a job store that fails does so for want of room
 
 STAGES = {
     "load": "Loading the model",
@@ -68,6 +76,38 @@ def show_error(error: BaseException) -> Shown:
     if isinstance(error, Cancelled | KeyboardInterrupt):
         return Shown("stopped", "Stopped.", "", EXIT_STOPPED)
     return Shown("bug", f"Something in Intarsia broke: {type(error).__name__}: {error}", "Please report it.", EXIT_BUG)
+
+
+def storage_error(error: OSError | sqlite3.Error, root: Path) -> IntarsiaError:
+    """Explain why the disk or the job store refused.
+
+    Args:
+        error: What was raised.
+        root: The studio's folder.
+    """
+    number = getattr(error, "errno", None)
+    # SQLite calls a full disk an I/O error where it cannot even make its own helper files
+    if number in FULL or "disk is full" in str(error) or (isinstance(error, sqlite3.Error) and _free(root) < ROOM):
+        return full_disk(root)
+    if isinstance(error, sqlite3.Error):
+        return InputError(f"The job store cannot be used: {error}.", HOME_HINT)
+    text = f"{error.filename or 'A file'}: {error.strerror or error}."
+    hint = "Check its permissions." if number in (errno.EACCES, errno.EPERM, errno.EROFS) else "Check the folder."
+    return InputError(text, hint)
+
+
+def full_disk(folder: Path) -> MemoryLimitError:
+    """Say which disk is full."""
+    return MemoryLimitError(
+        f"The disk with {folder} is full ({_free(folder) / 1e6:,.1f} MB free).",
+        "Delete pictures or models you no longer need, or set INTARSIA_HOME to a folder on a larger disk.",
+    )
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def show_failure(event: Failed) -> Shown:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import shutil
 import sqlite3
 import time
 import traceback
@@ -17,6 +16,7 @@ from ..pipelines.errors import Cancelled, IntarsiaError, MemoryLimitError
 from ..pipelines.events import Artifact, CancelToken, Done, Event, Failed, Interrupted, Notice, Stage, Stopped
 from ..pipelines.requests import GenerateRequest, TrainRequest
 from .jobs import Job, JobStore, checkpoint_of
+from .present import full_disk
 from .recorder import Recorder
 
 if TYPE_CHECKING:
@@ -189,13 +189,7 @@ def shortage(error: Exception, folder: Path) -> MemoryLimitError | None:
     """Recognize a lack of memory or disk in the many forms libraries report it; None for anything else."""
     text = str(error).lower()
     if getattr(error, "errno", None) == errno.ENOSPC or "no space left" in text or "disk is full" in text:
-        while not folder.exists():
-            folder = folder.parent
-        free = shutil.disk_usage(folder).free / 1e6
-        return MemoryLimitError(
-            f"The disk with {folder} is full ({free:,.0f} MB free).",
-            "Delete pictures or models you no longer need, or set INTARSIA_HOME to a folder on a larger disk.",
-        )
+        return full_disk(folder)
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return MemoryLimitError(
             "There is not enough memory for this job.",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 from pathlib import Path
 
+from ..pipelines.atomic import replacing
 from ..pipelines.errors import InputError
 from ..pipelines.picture import open_picture
 from ..pipelines.requests import TrainingPicture
@@ -58,6 +58,5 @@ def pictures_of(home: Home, path: Path) -> tuple[TrainingPicture, ...]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import logging
+import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,9 +15,13 @@ import gradio as gr
 from gradio.utils import get_upload_folder
 
 from ...pipelines.errors import InputError, IntarsiaError
+from ..present import storage_error
+from ..settings import Home
 from ..studio import Job, Studio
 from .pieces import esc
 from .watch import Watch, Watcher
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,7 +96,7 @@ def toast(error: IntarsiaError, title: str = "That did not work") -> gr.Error:
 
 
 def shown(handler: Callable[P, R]) -> Callable[P, R]:
-    """Let a handler's IntarsiaErrors reach the person as a toast; anything else is a bug and goes to the log."""
+    """Let a handler's IntarsiaErrors, and a disk's, reach the person as a toast; a bug goes to the log."""
 
     @functools.wraps(handler)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -98,6 +104,9 @@ def shown(handler: Callable[P, R]) -> Callable[P, R]:
             return handler(*args, **kwargs)
         except IntarsiaError as error:
             raise toast(error) from None
+        except (sqlite3.Error, OSError) as error:  # a full disk, a folder that became read-only
+            log.warning("the disk or the job store refused", exc_info=True)
+            raise toast(storage_error(error, Home.default().root)) from None
 
     return wrapped
 

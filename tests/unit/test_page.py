@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -9,15 +12,18 @@ from pathlib import Path
 
 import gradio as gr
 import pytest
+from intarsia.app.settings import Home
+from intarsia.app.studio import Studio
 from intarsia.app.ui import pieces, rack, tab_library
-from intarsia.app.ui.desk import Seen, uploaded
+from intarsia.app.ui.desk import Seen, shown, uploaded
 from intarsia.app.ui.forms import Form, FormBuilder, simple_form
 from intarsia.app.ui.watch import Watch
-from intarsia.pipelines.errors import InputError
+from intarsia.pipelines.errors import InputError, MemoryLimitError
 from intarsia.pipelines.events import Artifact, Done, Event, Metric, Preview, Progress, Stage
 from intarsia.pipelines.options import describe
 from intarsia.pipelines.requests import GenerateRequest
 from intarsia.training.recipe import recipes
+from PIL import Image
 
 
 def generate_form() -> Form:
@@ -132,6 +138,38 @@ def test_the_page_reads_uploads_only(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for path in (str(outside), str(tmp_path / "cache" / ".." / "secret.txt"), "", str(tmp_path / "cache" / "none")):
         with pytest.raises(InputError):
             uploaded(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (InputError("Wrong <b>.", "Do this."), "Wrong &lt;b&gt;."),
+        (OSError(errno.ENOSPC, "No space left on device"), "is full"),
+        (sqlite3.OperationalError("database or disk is full"), "is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "/a/b: Permission denied."),
+    ],
+    ids=str,
+)
+def test_what_a_person_can_mend_reaches_the_page_as_a_toast(error: Exception, said: str) -> None:
+    @shown
+    def handler() -> None:
+        raise error
+
+    with pytest.raises(gr.Error) as caught:
+        handler()
+    assert said in caught.value.message and "hint" in caught.value.message
+
+
+def test_a_full_disk_keeps_no_half_of_an_upload(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with Studio(home) as studio, pytest.raises(MemoryLimitError, match="disk is full"):
+        studio.store_upload(tmp_path / "a.png")
+    assert list(home.uploads.iterdir()) == []
 
 
 def test_texts_from_files_are_escaped() -> None:

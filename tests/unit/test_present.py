@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 import typing
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from intarsia.app import present
@@ -56,6 +60,27 @@ def test_a_persons_error_gives_code_2_and_its_own_words(kind: type[errors.Intars
         2,
         kind.code,
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "free", "said", "hint"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 5_000, "is full (0.0 MB free)", "INTARSIA_HOME"),
+        (sqlite3.OperationalError("database or disk is full"), 2_000_000, "is full (2.0 MB free)", "INTARSIA_HOME"),
+        (sqlite3.OperationalError("disk I/O error"), 0, "is full (0.0 MB free)", "INTARSIA_HOME"),
+        (sqlite3.OperationalError("unable to open database file"), 10**9, "job store cannot be used", "read-only"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 10**9, "/a/b: Permission denied.", "permissions"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/a/b"), 0, "/a/b: No such file.", "folder"),
+    ],
+    ids=str,
+)
+def test_a_disk_that_refuses_is_told_in_words(
+    error: OSError | sqlite3.Error, free: int, said: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(present.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))  # pyright: ignore
+    told = present.storage_error(error, tmp_path / "not" / "there")
+    assert said in told.message and hint in told.hint
+    assert present.show_error(told).exit_code == 2
 
 
 def test_a_bug_gives_code_1_and_a_stop_130() -> None:
