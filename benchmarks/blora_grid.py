@@ -30,11 +30,11 @@ def finished(events: Sequence[Event]) -> list[Artifact]:
     return [event for event in events if isinstance(event, Artifact)]
 
 
-def learn(studio: Studio, picture: Path, model: str, steps: int) -> str:
+def learn(studio: Studio, picture: Path, model: str, steps: int, rate: float | None) -> str:
     """Train both halves on one picture; gives its placeholder."""
     say(f"learning {picture.stem}")
     pictures = (TrainingPicture(path=str(picture)),)
-    options = {"steps": steps, "sample_every": 0, "checkpoint_every": 0}
+    options = {"steps": steps, "learning_rate": rate, "sample_every": 0, "checkpoint_every": 0}
     request = TrainRequest(recipe="blora", model=model, name=picture.stem, pictures=pictures, seed=1, options=options)
     finished(list(studio.run(request)))
     return studio.shelf.find(f"{picture.stem}-content").trigger
@@ -54,11 +54,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="mini")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--learning-rate", type=float, help="the recipe's own if not given")
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=3)
     given = parser.parse_args()
+    rate: float | None = given.learning_rate
     with tempfile.TemporaryDirectory() as folder, Studio(Home(Path(folder))) as studio:
-        names = {path: learn(studio, path, given.model, given.steps) for path in {*given.contents, *given.styles}}
+        names = {path: learn(studio, path, given.model, given.steps, rate) for path in {*given.contents, *given.styles}}
         rows: list[list[Image.Image]] = []
         for content in given.contents:
             row: list[Image.Image] = []

@@ -26,9 +26,9 @@ def stop_all(page: Page) -> None:
 
 def test_a_picture_is_made_and_found_in_the_gallery(page: Page, server: Server, shots: Path) -> None:
     page.screenshot(path=shots / "generate-empty.png")
-    generate(page, "a red apple, twemoji style", steps=10, seed=7)
+    generate(page, "a red apple, twemoji style", steps=100, seed=7)  # long enough for the page to see it live
     live_step(page)
-    expect(page.locator("#stage .status")).to_contain_text("of 10")
+    expect(page.locator("#stage .status")).to_contain_text("of 100")
     expect(page.locator("#stage img.result")).to_be_visible(timeout=60_000)
     expect(page.locator("#stage .caption")).to_contain_text("seed 7")
     tile = page.locator("#gallery .tile img").first
