@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 diffusers: Any = _diffusers  # its lazy names are invisible to type checkers
 
-CONTENTS = ("a red apple", "a dog", "a rocket", "a house", "a grinning face", "a pizza")
+CONTENTS = ("a red apple", "a dog face", "a rocket", "a grinning face", "a red heart", "a star")
 STYLES = ("twemoji", "fluent-3d", "noto-v1", "emojione-mono")
 
 
