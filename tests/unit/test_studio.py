@@ -214,7 +214,7 @@ def test_a_wrong_request_is_refused_before_it_is_queued(
         ({"pictures": []}, ""),
         ({"pictures": [{"path": "/nowhere/cat.png"}]}, "/nowhere/cat.png"),
         ({"options": {"stepps": 3}}, "stepps"),
-        ({"options": {"steps": 0}}, "steps"),
+        ({"options": {"steps": 0}}, "Steps"),
     ],
 )
 def test_a_wrong_training_is_refused_before_it_is_queued(
