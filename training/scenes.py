@@ -27,7 +27,6 @@ COLOURS = {
     "pink": (245, 165, 195), "brown": (130, 90, 60), "grey": (150, 150, 150), "light grey": (220, 220, 220),
     "black": (24, 24, 28), "beige": (240, 228, 205),
 }  # fmt: skip
-Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -39,11 +38,6 @@ class Placed:
     y: float = 0.5
     size: float = 1.0
     mirror: bool = False
-
-    @property
-    def box(self) -> Box:
-        half = self.size / 2
-        return (self.x - half, self.y - half, self.x + half, self.y + half)
 
 
 @dataclass(frozen=True)
