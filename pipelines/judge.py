@@ -1,0 +1,179 @@
+"""The judge: says what a picture, or a box of it, shows and in which style, and how sure that is.
+
+One small network with two embeddings. It is a measuring instrument: it was trained on every content and style of the
+corpus, held-out ones too, so nothing may be trained or distilled from it except as a named reward. Its own errors are
+in `assets/judge/README.md`; a score means no more than those allow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .errors import WeightsError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the canvas
+SIZE = 64  # pixels the network sees
+CONTENT, STYLE = 96, 32  # widths of the two embeddings
+AT_ONCE = 128  # pictures per forward pass
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions around which the signal may pass."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(channels)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.silu(self.first_norm(self.first(x)))
+        return F.silu(x + self.second_norm(self.second(inner)))
+
+
+class JudgeNetwork(nn.Module):
+    """Pictures `(batch, 3, 64, 64)` in -1..1 to unit rows: content `(batch, 96)` and style `(batch, 32)`.
+
+    Style is read where the picture is still 16 x 16 (as mean and spread of every channel, so place is forgotten),
+    content at the end.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 224)) -> None:
+        super().__init__()
+        stem, low, middle, high = widths
+        self.stem = nn.Sequential(nn.Conv2d(3, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), nn.SiLU())
+        self.low = nn.Sequential(*_down(stem, low), Residual(low))
+        self.middle = nn.Sequential(*_down(low, middle), Residual(middle))
+        self.high = nn.Sequential(*_down(middle, high), Residual(high))
+        self.to_content = nn.Linear(2 * high, CONTENT)
+        self.to_style = nn.Linear(2 * (low + middle), STYLE)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.low(self.stem(pictures))  # (batch, low, 16, 16)
+        middle = self.middle(low)  # (batch, middle, 8, 8)
+        high = self.high(middle)  # (batch, high, 4, 4)
+        content = torch.cat([high.mean((2, 3)), high.amax((2, 3))], dim=1)
+        style = torch.cat([part for level in (low, middle) for part in (level.mean((2, 3)), spread(level))], dim=1)
+        return F.normalize(self.to_content(content), dim=1), F.normalize(self.to_style(style), dim=1)
+
+
+def spread(x: Tensor) -> Tensor:
+    """Standard deviation over places: `(batch, channels)`."""
+    return (x.float().var((2, 3), correction=0) + 1e-5).sqrt().to(x.dtype)
+
+
+def _down(inside: int, out: int) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(inside, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.SiLU()
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the judge saw: unit rows `content` (n, 96) and `style` (n, 32)."""
+
+    content: Tensor
+    style: Tensor
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def __getitem__(self, which: int | slice | Sequence[int]) -> Embedded:
+        index = [which] if isinstance(which, int) else which if isinstance(which, slice) else list(which)
+        return Embedded(self.content[index], self.style[index])
+
+
+class Judge:
+    """The network with a prototype (mean embedding of the real pictures) for every content and style.
+
+    Args:
+        network: Trained.
+        contents: Labels of `content_prototypes`.
+        styles: Labels of `style_prototypes`.
+        content_prototypes: `(contents, 96)`, unit rows.
+        style_prototypes: `(styles, 32)`, unit rows.
+    """
+
+    def __init__(
+        self,
+        network: JudgeNetwork,
+        contents: Sequence[str],
+        styles: Sequence[str],
+        content_prototypes: Tensor,
+        style_prototypes: Tensor,
+    ) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.contents, self.styles = tuple(contents), tuple(styles)
+        self.content_prototypes, self.style_prototypes = content_prototypes, style_prototypes
+
+    @classmethod
+    def load(cls, folder: Path | None = None) -> Judge:
+        """Read the judge from a folder; the one that comes with Intarsia if None.
+
+        Raises:
+            WeightsError: The folder holds no judge.
+        """
+        with as_file(files("intarsia.assets").joinpath("judge")) as own:
+            where = folder or own
+            try:
+                names = json.loads((where / "labels.json").read_text("utf-8"))
+                tensors = {key: value.float() for key, value in load_file(where / "judge.safetensors").items()}
+            except FileNotFoundError as error:
+                raise WeightsError(f"{where} holds no judge.", "Leave the folder out to use Intarsia's own.") from error
+        prototypes = [F.normalize(tensors.pop(f"prototypes.{kind}"), dim=1) for kind in ("content", "style")]
+        network = JudgeNetwork()
+        network.load_state_dict(tensors, strict=False)  # a batch norm's counter is not kept
+        return cls(network, names["contents"], names["styles"], *prototypes)
+
+    def embed(self, pictures: Sequence[Image.Image], boxes: Sequence[Box | None] | None = None) -> Embedded:
+        """Look at pictures, or at one box of each.
+
+        Args:
+            pictures: Any size and mode; transparency is laid on white.
+            boxes: One per picture, None for the whole.
+        """
+        chosen = boxes or [None] * len(pictures)
+        seen = [pixels(picture, box) for picture, box in zip(pictures, chosen, strict=True)]
+        made: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(seen), AT_ONCE):
+            with torch.no_grad():
+                made.append(self.network(torch.stack(seen[start : start + AT_ONCE])))
+        if not made:
+            return Embedded(torch.empty(0, CONTENT), torch.empty(0, STYLE))
+        content, style = (torch.cat(parts) for parts in zip(*made, strict=True))
+        return Embedded(content, style)
+
+    def content_scores(self, seen: Embedded) -> Tensor:
+        """Cosine to the prototype of every content: `(n, contents)`."""
+        return seen.content @ self.content_prototypes.T
+
+    def style_scores(self, seen: Embedded) -> Tensor:
+        """Cosine to the prototype of every style: `(n, styles)`."""
+        return seen.style @ self.style_prototypes.T
+
+
+def pixels(picture: Image.Image, box: Box | None = None) -> Tensor:
+    """One picture (or a box of it, in fractions) as the network sees it: `(3, 64, 64)` in -1..1."""
+    import numpy as np
+    from PIL import Image
+
+    if picture.mode not in ("RGB", "L"):
+        clear = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear)
+    width, height = picture.size
+    left, top, right, bottom = box or (0, 0, 1, 1)
+    part = (left * width, top * height, right * width, bottom * height)
+    small = picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=part)
+    return torch.from_numpy(np.asarray(small).astype("float32") / 127.5 - 1).permute(2, 0, 1).contiguous()
