@@ -23,14 +23,15 @@ class Work:
         timesteps: `(steps,)`, of the sampler.
         scheduler: A sampler of its own, after `set_timesteps`.
         network: `(latents, timestep) -> guided prediction`, float32 in and out.
-        generator: On the CPU; the sampler's noise comes from it, so that a seed means the same on every device.
+        generator: On the CPU; the sampler's noise comes from it, so that a seed means the same on every device. One
+            for each picture of a batch.
     """
 
     latents: Tensor
     timesteps: Tensor
     scheduler: Any
     network: Callable[[Tensor, Tensor], Tensor]
-    generator: torch.Generator
+    generator: torch.Generator | list[torch.Generator]
 
 
 @dataclass(frozen=True)

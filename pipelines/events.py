@@ -61,10 +61,10 @@ class Notice(_Event):
 
 
 class Artifact(_Event):
-    """A result that was saved: a picture, or an adapter that entered the library."""
+    """A result that was saved: a picture, an adapter that entered the library, the page of an evaluation."""
 
     type: Literal["artifact"] = "artifact"
-    kind: Literal["picture", "adapter", "sample", "checkpoint"]
+    kind: Literal["picture", "adapter", "sample", "checkpoint", "report"]
     path: str
     label: str = ""
     step: int = 0

@@ -8,6 +8,7 @@ Their blocks encode prompts, prepare noise and timesteps, and decode; the denois
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,6 +156,13 @@ class Network:
         conditional: Tensor = state.get(name)
         return torch.cat([state.get(f"negative_{name}"), conditional]) if self._guided else conditional
 
+    @classmethod
+    def together(cls, networks: Sequence[Network]) -> Network:
+        """One network for the pictures of several: all unconditional branches in front of all conditional ones."""
+        made = copy(networks[0])
+        made._fixed = _together([network._fixed for network in networks], 2 if made._guided else 1)
+        return made
+
     def __call__(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Predict, guided.
 
@@ -266,6 +274,15 @@ class Engine:
         state = _state(latents=latents, width=size[0], height=size[1])
         self._decode[0](self._pipeline, state)
         return state.get("latents")
+
+
+def _together(values: Sequence[Any], branches: int) -> Any:  # noqa: ANN401 - tensors, dictionaries of them, or None
+    first = values[0]
+    if isinstance(first, dict):
+        return {key: _together([value[key] for value in values], branches) for key in first}
+    if first is None or first.ndim < 2 or first.shape[0] % branches or first.shape[0] > branches:
+        return first  # the same for every picture: positions, a guidance
+    return torch.cat([value[branch : branch + 1] for branch in range(branches) for value in values])
 
 
 def _state(**values: Any) -> Any:  # noqa: ANN401 - its getters are typed too loosely to be of use

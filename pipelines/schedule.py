@@ -20,6 +20,7 @@ from .errors import InputError
 from .families import Family
 
 D: Any = diffusers
+Generators = torch.Generator | list[torch.Generator]  # one, or one for each picture of a batch
 
 SOLVER: dict[str, Any] = {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": False}
 NOISE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -123,7 +124,7 @@ def sigma_space(scheduler: Any) -> bool:  # noqa: ANN401
     return hasattr(scheduler, "is_scale_input_called") or type(scheduler).__name__ == "HeunDiscreteScheduler"
 
 
-def random_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, torch.Generator]:  # noqa: ANN401
+def random_arguments(scheduler: Any, generator: Generators) -> dict[str, Generators]:  # noqa: ANN401
     """What a sampler's `step` needs so that its noise comes from our generator, and from nowhere else."""
     takes = "generator" in inspect.signature(scheduler.step).parameters
     return {"generator": generator} if takes else {}
