@@ -12,6 +12,7 @@ import typer
 from ..pipelines.errors import InputError
 from . import present
 from .cli_console import Console, complain, guarded
+from .cli_evaluate import add_evaluate
 from .cli_lists import add_adapters, add_models, doctor
 from .cli_work import add_generate, add_train
 from .studio import Studio
@@ -78,6 +79,7 @@ def announce(address: str) -> None:
 
 add_generate(app)
 add_train(app)
+add_evaluate(app)
 add_adapters(app)
 add_models(app)
 app.command("doctor")(doctor)

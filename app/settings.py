@@ -39,6 +39,11 @@ class Home:
         """Pictures people gave for training, copied so that a run survives their removal."""
         return self._made("uploads")
 
+    @property
+    def evaluations(self) -> Path:
+        """Records and reports of the benches."""
+        return self._made("evaluations")
+
     def job(self, job_id: str) -> Path:
         """Folder of one job: previews, samples, checkpoint, log."""
         return self._made(f"jobs/{job_id}")

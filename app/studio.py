@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..pipelines.identify import Report
     from ..pipelines.picture import Restored
     from .doctor import Check
+    from .evaluation.bench import Bench
     from .model_list import ModelInfo
     from .shelf import Entry, Shelf
     from .watchdog import Watchdog
@@ -144,6 +145,29 @@ class Studio:
                 return
             time.sleep(POLL)
 
+    def evaluate(
+        self, name: str, options: Mapping[str, Any], out: Path | None = None, token: CancelToken | None = None
+    ) -> Iterator[Event]:
+        """Run a bench in this process, or go on with one that was stopped; ends with its final event.
+
+        Args:
+            name: Of the bench.
+            options: The bench's options; those left out have their defaults.
+            out: Folder for records, pictures and report; one under the home if None.
+            token: Stops it.
+
+        Raises:
+            IntarsiaError: No such bench, or an option, the model or the pictures cannot be used.
+        """
+        from .evaluation.run import default_out, evaluate
+
+        bench = self.benches().get(name)
+        if bench is None:
+            raise InputError(f"There is no bench {name!r}.", f"Benches: {', '.join(self.benches())}.")
+        chosen = bench.options.parse(options)
+        where = default_out(self.home, name, chosen) if out is None else out.absolute()
+        return evaluate(bench, chosen, where, self.home, token or CancelToken())
+
     # What there is
 
     @cached_property
@@ -180,6 +204,13 @@ class Studio:
     def recipes() -> dict[str, TrainingRecipe[Any]]:
         """Every way to train, by name."""
         return recipes()
+
+    @staticmethod
+    def benches() -> dict[str, Bench[Any]]:
+        """Every way to measure a model, by name."""
+        from .evaluation.bench import benches
+
+        return benches()
 
     def inspect(self, name_or_path: str | Path, model: str = "") -> Report:
         """Say everything about a library entry or an adapter file that is not in the library.

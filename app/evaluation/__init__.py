@@ -1,0 +1,1 @@
+"""Measuring: benches with known right answers, their records and their pages."""

@@ -1,0 +1,1 @@
+"""The benches: one file each, found by what it defines as `BENCH`."""
