@@ -12,10 +12,10 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..settings import Home
 from ...pipelines.errors import InputError
 from ...pipelines.events import Artifact, CancelToken, Event, Notice, Progress, Stage
 from ...pipelines.requests import TrainingPicture, TrainRequest
+from ..settings import Home
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -150,8 +150,8 @@ def code_hash(recipe: str) -> str:
 
 
 def _root(home: Home) -> Path:
-    path = home.root / "evaluations" / "adapters"
-    path.mkdir(parents=True, exist_ok=True)
+    path = home.evaluations / "adapters"
+    path.mkdir(exist_ok=True)
     return path
 
 
