@@ -81,7 +81,7 @@ def together(works: Sequence[Work]) -> Work:
     if len(works) == 1:
         return works[0]
     networks = [work.network for work in works if isinstance(work.network, Network)]
-    generators: list[torch.Generator] = [work.generator for work in works]
+    generators = [work.generator for work in works if isinstance(work.generator, torch.Generator)]
     return replace(
         works[0],
         latents=torch.cat([work.latents for work in works]),

@@ -8,7 +8,7 @@ in `assets/judge/README.md`; a score means no more than those allow.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -104,6 +104,7 @@ class Judge:
         styles: Labels of `style_prototypes`.
         content_prototypes: `(contents, 96)`, unit rows.
         style_prototypes: `(styles, 32)`, unit rows.
+        unseen: Contents and files of the corpus that its training left out, so that its error can be told.
     """
 
     def __init__(
@@ -113,10 +114,12 @@ class Judge:
         styles: Sequence[str],
         content_prototypes: Tensor,
         style_prototypes: Tensor,
+        unseen: Iterable[str] = (),
     ) -> None:
         self.network = network.eval().requires_grad_(False)
         self.contents, self.styles = tuple(contents), tuple(styles)
         self.content_prototypes, self.style_prototypes = content_prototypes, style_prototypes
+        self.unseen = frozenset(unseen)
 
     @classmethod
     def load(cls, folder: Path | None = None) -> Judge:
@@ -135,7 +138,8 @@ class Judge:
         prototypes = [F.normalize(tensors.pop(f"prototypes.{kind}"), dim=1) for kind in ("content", "style")]
         network = JudgeNetwork()
         network.load_state_dict(tensors, strict=False)  # a batch norm's counter is not kept
-        return cls(network, names["contents"], names["styles"], *prototypes)
+        unseen = (*names["unseen_contents"], *names["unseen_renderings"])
+        return cls(network, names["contents"], names["styles"], prototypes[0], prototypes[1], unseen)
 
     def embed(self, pictures: Sequence[Image.Image], boxes: Sequence[Box | None] | None = None) -> Embedded:
         """Look at pictures, or at one box of each.

@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,10 @@ class Views:
     def draw(self, chosen: Tensor, rng: torch.Generator) -> Tensor:
         """Draw the chosen pictures: `(batch, 3, 64, 64)` in -1..1."""
         count = len(chosen)
-        uniform = lambda low, high, *shape: torch.rand(*(shape or (count,)), generator=rng) * (high - low) + low  # noqa: E731
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return torch.rand(*(shape or (count,)), generator=rng) * (high - low) + low
+
         canvas = self._grounds(count, rng)
         beside = torch.rand(count, generator=rng) < 0.25  # a neighbour looks into the box from one side
         other = self._moved(torch.randint(len(self.pixels), (count,), generator=rng), *_outside(count, rng), rng)
@@ -142,7 +146,8 @@ class Training:
     def __init__(self, contents: Tensor, styles: Tensor, steps: int, rate: float, seed: int) -> None:
         torch.manual_seed(seed)  # initial weights come from the global generator
         self.contents, self.styles, self.steps, self.rate, self.seed, self.step = contents, styles, steps, rate, seed, 0
-        self.network = JudgeNetwork().to(memory_format=torch.channels_last)
+        network: Any = JudgeNetwork()
+        self.network: JudgeNetwork = network.to(memory_format=torch.channels_last)  # which the types of `to` leave out
         self.heads = torch.nn.ParameterList(
             [torch.randn(int(contents.max()) + 1, CONTENT), torch.randn(int(styles.max()) + 1, STYLE)]
         )
@@ -169,9 +174,8 @@ class Training:
             self.step += 1
             if self.step % 100 == 0:
                 rate = (self.step - first) / (time.monotonic() - begun)
-                LOG.info(
-                    "step %d of %d: loss %.3f, right %.2f %.2f, %.1f steps/s", self.step, self.steps, loss, *right, rate
-                )
+                done = (self.step, self.steps, float(loss.detach()), *right, rate)
+                LOG.info("step %d of %d: loss %.3f, right %.2f %.2f, %.1f steps/s", *done)
             if self.step % 500 == 0:
                 self.save(save)
         self.save(save)
@@ -241,7 +245,12 @@ def export(network: JudgeNetwork, views: Views, rows: Sequence[Captioned], out: 
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "judge.safetensors") as fresh:
         save_file({key: value.half().contiguous() for key, value in tensors.items()}, fresh)
-    labels = {"contents": list(by_content), "styles": list(by_style)}
+    labels = {
+        "contents": list(by_content),
+        "styles": list(by_style),
+        "unseen_contents": sorted({row.content for row, reason in zip(rows, why, strict=True) if reason == "content"}),
+        "unseen_renderings": [row.file for row, reason in zip(rows, why, strict=True) if reason == "rendering"],
+    }
     with replacing(out / "labels.json") as fresh:
         fresh.write_text(json.dumps(labels, ensure_ascii=False, indent=0), "utf-8")
 
