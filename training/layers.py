@@ -50,6 +50,19 @@ def linear_layers(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
     return {path: tuple(m.weight.shape) for path, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
 
 
+def trainable_layers(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
+    """List every layer that can learn, path to the shape of its matrix.
+
+    Returns:
+        `(out, in)` of a linear layer, `(out, in x kernel x kernel)` of a convolution: what its rank is limited by.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for path, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            found[path] = (module.weight.shape[0], module.weight[0].numel())
+    return found
+
+
 @contextmanager
 def trainable(
     denoiser: nn.Module, ranks: Mapping[str, int], scale: float, seed: int, save_memory: bool = False
@@ -103,6 +116,21 @@ def trainable(
             parameter.grad = None
         if save_memory and not checkpointing and hasattr(denoiser, "disable_gradient_checkpointing"):
             _call(denoiser, "disable_gradient_checkpointing")
+
+
+@contextmanager
+def untaught(denoiser: nn.Module, layers: TrainedLayers) -> Generator[None]:
+    """Let a denoiser with trainable layers answer as it does without them, for the time of the context."""
+    adapted: list[Any] = [
+        denoiser.get_submodule(name.removesuffix(".up")) for name in layers.parameters if name[-3:] == ".up"
+    ]
+    try:
+        for layer in adapted:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in adapted:
+            layer.enable_adapters(True)
 
 
 def _call(module: Any, name: str) -> None:  # noqa: ANN401 - a diffusers model

@@ -10,7 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from ..pipelines.errors import InputError
 from ..pipelines.events import CancelToken, Event, Metric, Progress
 from .data import batches
 from .encode import Cache, Text
-from .layers import TrainedLayers
-from .recipe import Settings, TrainingOptions, TrainingRecipe
+from .layers import TrainedLayers, untaught
+from .recipe import Compared, Comparing, Moment, Settings, TrainingOptions, TrainingRecipe
 from .schedule import NoiseSchedule
 
 MAX_NORM = 1.0  # of the gradient, as in the B-LoRA and diffusers scripts
@@ -58,6 +58,8 @@ class Batch:
         timesteps: `(batch,)` integers.
         tokens: `(batch, tokens, width)`.
         added: SDXL's pooled text and size ids; empty for SD1.5.
+        clean: What `noisy` was made of, with `noise`; same shape.
+        noise: Same shape.
     """
 
     noisy: Tensor
@@ -65,6 +67,8 @@ class Batch:
     timesteps: Tensor
     tokens: Tensor
     added: dict[str, Tensor]
+    clean: Tensor
+    noise: Tensor
 
 
 class Trainer:
@@ -104,11 +108,10 @@ class Trainer:
         task = self.task
         rng = generator(task.seed, number)
         batch = self.batch(number, rng)
-        with self.accelerator.autocast():
-            prediction = self.predict(batch)
-        snr = task.schedule.snr(batch.timesteps)
+        compared = self.compared(batch, rng)
+        snr = task.schedule.snr(compared.timesteps)
         loss = task.recipe.loss(
-            prediction.float(), batch.target, snr, task.options, rng, kind=task.schedule.kind
+            compared.prediction, compared.target, snr, task.options, rng, kind=task.schedule.kind
         )  # fmt: skip
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -124,6 +127,16 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value
+
+    def compared(self, batch: Batch, rng: torch.Generator) -> Compared:
+        """Make what the loss compares: the answer to `noisy` and its target, or what the recipe makes of the batch."""
+        recipe: object = self.task.recipe
+        if isinstance(recipe, Comparing):
+            moment = Moment(batch.clean, batch.noise, self.task.schedule, _Network(self, batch))
+            return recipe.compare(moment, self.task.options, rng)
+        with self.accelerator.autocast():
+            prediction = self.predict(batch)
+        return Compared(prediction.float(), batch.target, batch.timesteps)
 
     def predict(self, batch: Batch) -> Tensor:
         """Run the denoiser: `(batch, channels, height / 8, width / 8)`."""
@@ -161,7 +174,29 @@ class Trainer:
             timesteps=timesteps,
             tokens=torch.stack([text.tokens for text in texts]),
             added=_added(texts, ids),
+            clean=clean,
+            noise=noise,
         )
+
+
+@dataclass(frozen=True)
+class _Network:
+    """A trainer's denoiser as `recipe.Ask`, for the texts of one batch."""
+
+    trainer: Trainer
+    batch: Batch
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, *, taught: bool = True, captions: bool = True) -> Tensor:
+        trainer, batch = self.trainer, replace(self.batch, noisy=noisy, timesteps=timesteps)
+        if not captions:
+            empty = [trainer.task.cache.prompts[-1]] * len(noisy)
+            added = _added(empty, batch.added["time_ids"]) if batch.added else {}
+            batch = replace(batch, tokens=torch.stack([text.tokens for text in empty]), added=added)
+        with trainer.accelerator.autocast():
+            if taught:
+                return trainer.predict(batch).float()
+            with torch.no_grad(), untaught(trainer.denoiser, trainer.layers):
+                return trainer.predict(batch).float()
 
 
 def _added(texts: list[Text], time_ids: Tensor) -> dict[str, Tensor]:

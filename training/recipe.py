@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from ..pipelines.adapter_types import Role
 from ..pipelines.options import Options, option
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..pipelines.adapter_types import LowRank
+    from .schedule import NoiseSchedule
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
 
@@ -60,7 +61,8 @@ class ModelFacts:
 
     Args:
         family: Key of FAMILIES.
-        layers: Every linear layer of the denoiser, path (no component prefix) to weight shape `(out, in)`.
+        layers: Every layer of the denoiser that can learn, path (no component prefix) to its shape `(out, in)`; a
+            convolution counts as its matrix `(out, in x kernel x kernel)`.
         width: Channels of the denoiser's widest block; 1280 in SDXL and SD1.5.
         size: Side of the square picture the model was made for, in pixels.
         pictures: How many pictures there are to learn from.
@@ -71,6 +73,15 @@ class ModelFacts:
     width: int
     size: int
     pictures: int
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are best drawn with a result; sample pictures are drawn so, and its file says it."""
+
+    steps: int = 20
+    guidance: float = 5.0
+    scheduler: str = "default"
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,7 @@ class Settings:
         crop: Which part is cut away when a picture does not have the shape of its bucket.
         enlarge: Small pictures are enlarged to the resolution; otherwise they train at their own size.
         caption_dropout: Share of the pictures, 0..1, that are shown without their caption.
+        drawing: How to draw with the result.
         notices: What was chosen and why, in sentences.
     """
 
@@ -100,6 +112,7 @@ class Settings:
     crop: Literal["centre", "random"] = "centre"
     enlarge: bool = True
     caption_dropout: float = 0.0
+    drawing: Drawing = Drawing()
     notices: tuple[str, ...] = ()
 
 
@@ -173,6 +186,60 @@ class TrainingRecipe(Protocol[O_contra]):
 
     def parts(self, layers: Mapping[str, LowRank]) -> Mapping[Role, Mapping[str, LowRank]]:
         """Split the trained layers (canonical paths, `unet.` in front) into the adapters of the library, by role."""
+        ...
+
+
+class Ask(Protocol):
+    """The network of one step, with the captions of its batch."""
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, *, taught: bool = True, captions: bool = True) -> Tensor:
+        """Predict.
+
+        Args:
+            noisy: `(batch, channels, height, width)`, float32, as is the answer.
+            timesteps: `(batch,)` integers.
+            taught: With the layers that are being trained; without them nothing is recorded for a gradient.
+            captions: With the captions; otherwise with the empty prompt.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What one step offers to a recipe that asks the network more than once.
+
+    Args:
+        clean: Latents `(batch, channels, height, width)`, float32.
+        noise: Same shape, normal.
+        schedule: Noise levels and kind of prediction.
+        ask: The network.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    schedule: NoiseSchedule
+    ask: Ask
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What `TrainingRecipe.loss` is given: prediction and target of one shape, and their timesteps `(batch,)`."""
+
+    prediction: Tensor
+    target: Tensor
+    timesteps: Tensor
+
+
+@runtime_checkable
+class Comparing(Protocol[O_contra]):
+    """A recipe that does not learn the noise in a picture but says itself what its loss compares."""
+
+    def compare(self, moment: Moment, options: O_contra, rng: torch.Generator) -> Compared:
+        """Make prediction and target with as many calls of the network as it takes.
+
+        Raises:
+            InputError: The model's schedule does not allow it.
+        """
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
@@ -21,9 +22,9 @@ from ..pipelines.events import Artifact, Cancelled, CancelToken, Event, Notice, 
 from ..pipelines.requests import TrainingPicture, TrainRequest
 from . import checkpoint, data
 from .encode import Cache, encode
-from .layers import TrainedLayers, linear_layers, trainable
+from .layers import TrainedLayers, trainable, trainable_layers
 from .loop import Task, Trainer, run
-from .recipe import ModelFacts, Settings, TrainingOptions, TrainingRecipe, recipes
+from .recipe import Drawing, ModelFacts, Settings, TrainingOptions, TrainingRecipe, recipes
 from .samples import Sampler, set_aside
 from .schedule import NoiseSchedule
 
@@ -103,10 +104,10 @@ def resolve(request: TrainRequest, model: Model, pictures: tuple[TrainingPicture
     options: TrainingOptions = recipe.options.parse(request.options)
     recipe.check(pictures, options)
     denoiser = model.denoiser
-    recipe.targets(model.source.family, linear_layers(denoiser), options)  # refuses a family before facts are read
+    recipe.targets(model.source.family, trainable_layers(denoiser), options)  # refuses a family before facts are read
     facts = ModelFacts(
         family=model.source.family,
-        layers=linear_layers(denoiser),
+        layers=trainable_layers(denoiser),
         width=max(denoiser.config["block_out_channels"]),
         size=min(model.native_size),
         pictures=len(pictures),
@@ -126,7 +127,7 @@ def _learn(
         NoiseSchedule.of(model.components["scheduler"], model.device), request.seed,
     )  # fmt: skip
     prompt = plan.options.sample_prompt or plan.prompts[0]
-    sampler = Sampler(prompt, request.seed, plan.options.sample_every, settings.steps, folder)
+    sampler = Sampler(prompt, request.seed, plan.options.sample_every, settings.steps, folder, settings.drawing)
     with (
         set_aside(model),
         trainable(denoiser, settings.ranks, settings.scale, request.seed, plan.options.save_memory) as layers,
@@ -210,7 +211,7 @@ def identify(plan: Plan, denoiser: nn.Module) -> dict[str, Any]:
     settings = {
         field.name: getattr(plan.settings, field.name)
         for field in dataclasses.fields(plan.settings)
-        if field.name not in ("steps", "notices", "ranks")
+        if field.name not in ("steps", "notices", "ranks", "drawing")
     }
     return {
         "recipe": plan.recipe.name,
@@ -293,6 +294,8 @@ def metadata(plan: Plan, model: Model, role: Role, title: str) -> dict[str, str]
         trigger=plan.recipe.trigger(plan.request.name, plan.options),
         title=title,
     )
+    if plan.settings.drawing != Drawing():
+        texts["intarsia.drawing"] = json.dumps(dataclasses.asdict(plan.settings.drawing))
     return texts | {
         "intarsia.group": plan.request.name.strip(),
         "intarsia.base_layers": fingerprint(model.denoiser, plan.settings.ranks),

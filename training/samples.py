@@ -11,29 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..pipelines.events import Artifact, CancelToken, Event, Stage
-from ..pipelines.hooks import Step
+from .recipe import Drawing
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ..pipelines.models import Model
-
-STEPS = 20
-GUIDANCE = 5.0
-
-
-@dataclass(frozen=True)
-class StopHook:
-    """Lets a stop reach into a sample picture."""
-
-    token: CancelToken
-
-    def before(self, step: Step) -> Tensor:
-        self.token.check()
-        return step.latents
-
-    def after(self, step: Step) -> Tensor:
-        return step.latents
 
 
 @dataclass(frozen=True)
@@ -46,6 +27,7 @@ class Sampler:
         every: Steps between samples; 0 is never.
         last: Steps of the run; the finished adapter is always shown.
         folder: Where the pictures go.
+        drawing: How they are drawn.
     """
 
     prompt: str
@@ -53,6 +35,7 @@ class Sampler:
     every: int
     last: int
     folder: Path
+    drawing: Drawing
 
     def due(self, step: int) -> bool:
         return bool(self.every) and (step % self.every == 0 or step == self.last)
@@ -66,13 +49,15 @@ class Sampler:
         Raises:
             Cancelled: A stop was asked for.
         """
-        from ..pipelines.image import render
+        from ..pipelines.batch import render_many
 
         yield Stage(name="sample", detail=self.prompt)
+        how = self.drawing
         with set_aside(model, there=True):
-            image = render(
-                model, self.prompt, seed=self.seed, steps=STEPS, guidance=GUIDANCE, hooks=(StopHook(token),)
-            )[0]  # fmt: skip
+            (image,) = render_many(
+                model, [self.prompt], [self.seed], steps=how.steps, guidance=how.guidance, scheduler=how.scheduler,
+                token=token,
+            )  # fmt: skip
         path = self.folder / f"sample-{step:06d}.png"
         temporary = path.with_name(f".{path.name}")
         image.save(temporary, format="PNG")

@@ -56,6 +56,18 @@ class NoiseSchedule:
         a = self._at(timesteps, clean)
         return a.sqrt() * noise - (1 - a).sqrt() * clean
 
+    def estimates(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the clean latents and the noise that `noisy` consists of if the network is right.
+
+        Noise prediction has no answer where the schedule has no signal (it would divide by 0); v and sample have.
+        """
+        a = self._at(timesteps, noisy)
+        if self.kind == "epsilon":
+            return (noisy - (1 - a).sqrt() * prediction) / a.sqrt(), prediction
+        if self.kind == "sample":
+            return prediction, (noisy - a.sqrt() * prediction) / (1 - a).sqrt()
+        return a.sqrt() * noisy - (1 - a).sqrt() * prediction, (1 - a).sqrt() * noisy + a.sqrt() * prediction
+
     def snr(self, timesteps: Tensor) -> Tensor:
         """Give a / (1 - a), `(batch,)`; 0 is possible, infinity is not (no schedule starts without noise)."""
         a = self.alphas[timesteps]
