@@ -67,17 +67,28 @@ class Trainer:
     Args:
         parts: The model; its autoencoder is frozen.
         phases: What to do, in order.
-        learning_rate: Warmed up over at most 500 steps, held, and brought down to a twentieth over the last fifth of
-            all steps: what was trained can be trained on by asking for more steps.
+        learning_rate: Warmed up over at most 500 steps, held, and at the end brought down evenly to a fiftieth.
+        cooldown: Share of all steps in which it comes down. What was trained so can be trained on: ask for more steps.
         seed: Of everything random.
         work: Folder of the checkpoint.
     """
 
-    def __init__(self, parts: shape.Mini, phases: Sequence[Phase], learning_rate: float, seed: int, work: Path) -> None:
+    def __init__(
+        self,
+        parts: shape.Mini,
+        phases: Sequence[Phase],
+        learning_rate: float,
+        seed: int,
+        work: Path,
+        cooldown: float = 0.2,
+    ) -> None:
+        self.cooldown = cooldown
         self.parts, self.phases, self.seed, self.work = parts, tuple(phases), seed, work
         self.device = next(parts.unet.parameters()).device
         self.gpu = self.device.type == "cuda"
-        self.bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a third faster on processors that compute in bfloat16
+        self.bf16 = (
+            torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )  # a third faster where the processor can
         self.learning_rate, self.step, self.asked_to_stop = learning_rate, 0, False
         named_parts = parts.trained()
         self.weights = {f"{n}.{k}": p for n, part in named_parts.items() for k, p in part.named_parameters()}
@@ -166,7 +177,7 @@ class Trainer:
 
     def _pace(self) -> float:
         warm = min(1.0, (self.step + 1) / min(500, self.total / 20 + 1))
-        return warm * min(1.0, max(0.05, (self.total - self.step) / (0.2 * self.total)))
+        return warm * min(1.0, max(0.02, (self.total - self.step) / (self.cooldown * self.total)))
 
     def save(self) -> None:
         """Write weights, average and optimizer state under a temporary name, then move it."""
@@ -257,7 +268,7 @@ def main() -> None:
         Phase(128, given.small_steps, given.small_batch, given.pool, given.refresh),
         Phase(256, given.steps, given.batch, given.pool, given.refresh),
     )
-    trainer = Trainer(parts, phases, given.learning_rate, given.seed, given.work)
+    trainer = Trainer(parts, phases, given.learning_rate, given.seed, given.work, given.cooldown)
     trainer.load()
     banks = {size: bank}
     if trainer.step < given.small_steps and 128 not in banks:
@@ -321,6 +332,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--pool", type=int, default=96000, help="pictures drawn and encoded ahead")
     parser.add_argument("--refresh", type=int, default=8000, help="steps after which the pool is drawn anew")
     parser.add_argument("--learning-rate", type=float, default=8e-4)
+    parser.add_argument("--cooldown", type=float, default=0.2, help="share of all steps in which the rate comes down")
     return parser
 
 

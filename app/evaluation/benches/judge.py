@@ -126,7 +126,7 @@ def _placed(picture: Image.Image, rng: random.Random) -> Image.Image:
 
     side = round(picture.width * rng.uniform(0.6, 0.95))
     ground = Image.new("RGB", picture.size, rng.choice(GROUNDS))
-    place = tuple(rng.randint(0, picture.width - side) for _ in range(2))
+    place = (rng.randint(0, picture.width - side), rng.randint(0, picture.height - side))
     small = Image.new("RGB", picture.size, "white")
     small.paste(picture.resize((side, side), Image.Resampling.LANCZOS), place)
     return ImageChops.multiply(ground, small)
