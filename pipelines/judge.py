@@ -1,6 +1,6 @@
 """The judge: says what a picture, or a box of it, shows and in which style, and how sure that is.
 
-One small network with two embeddings. It is a measuring instrument: it was trained on every content and style of the
+Two small networks, one embedding each. It is a measuring instrument: it was trained on every content and style of the
 corpus, held-out ones too, so nothing may be trained or distilled from it except as a named reward. Its own errors are
 in `assets/judge/README.md`; a score means no more than those allow.
 """
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the canvas
-SIZE = 64  # pixels the network sees
+SIZE = 64  # pixels in which content is looked at
+STYLE_SIZE = 128  # pixels in which style is looked at: it lies in edges and shading
 CONTENT, STYLE = 96, 32  # widths of the two embeddings
 AT_ONCE = 128  # pictures per forward pass
 
@@ -45,11 +46,10 @@ class Residual(nn.Module):
         return F.silu(x + self.second_norm(self.second(inner)))
 
 
-class JudgeNetwork(nn.Module):
-    """Pictures `(batch, 3, 64, 64)` in -1..1 to unit rows: content `(batch, 96)` and style `(batch, 32)`.
+class ContentNetwork(nn.Module):
+    """Pictures `(batch, 3, 64, 64)` in -1..1 to unit rows `(batch, 96)` that say what they show.
 
-    Style is read where the picture is still 16 x 16 (as mean and spread of every channel, so place is forgotten),
-    content at the end.
+    `to_style` reads a rough style `(batch, 32)` off the lower layers. Only training uses it, as a second task.
     """
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 128, 224)) -> None:
@@ -67,13 +67,36 @@ class JudgeNetwork(nn.Module):
         middle = self.middle(low)  # (batch, middle, 8, 8)
         high = self.high(middle)  # (batch, high, 4, 4)
         content = torch.cat([high.mean((2, 3)), high.amax((2, 3))], dim=1)
-        style = torch.cat([part for level in (low, middle) for part in (level.mean((2, 3)), spread(level))], dim=1)
-        return F.normalize(self.to_content(content), dim=1), F.normalize(self.to_style(style), dim=1)
+        return F.normalize(self.to_content(content), dim=1), F.normalize(self.to_style(moments(low, middle)), dim=1)
 
 
-def spread(x: Tensor) -> Tensor:
-    """Standard deviation over places: `(batch, channels)`."""
-    return (x.float().var((2, 3), correction=0) + 1e-5).sqrt().to(x.dtype)
+class StyleNetwork(nn.Module):
+    """Pictures `(batch, 3, height, width)` in -1..1 to unit rows `(batch, 32)` that say how they are drawn.
+
+    Mean and spread of every channel at every depth: what is where is forgotten, how it is drawn stays.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (32, 80, 128)) -> None:
+        super().__init__()
+        low, middle, high = widths
+        self.low = nn.Sequential(nn.Conv2d(3, low, 5, 2, 2, bias=False), nn.BatchNorm2d(low), nn.SiLU())
+        self.middle = nn.Sequential(*_down(low, middle), Residual(middle))
+        self.high = nn.Sequential(*_down(middle, high), Residual(high))
+        self.to_style = nn.Linear(2 * sum(widths), STYLE)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        low = self.low(pictures)  # (batch, low, height / 2, width / 2)
+        middle = self.middle(low)
+        return F.normalize(self.to_style(moments(low, middle, self.high(middle))), dim=1)
+
+
+def moments(*levels: Tensor) -> Tensor:
+    """Mean and standard deviation over places of every channel of every level: `(batch, 2 * channels)`."""
+    parts: list[Tensor] = []
+    for x in levels:
+        deviation = (x.float().var((2, 3), correction=0) + 1e-5).sqrt()
+        parts += [x.mean((2, 3)), deviation.to(x.dtype)]
+    return torch.cat(parts, dim=1)
 
 
 def _down(inside: int, out: int) -> tuple[nn.Module, ...]:
@@ -82,7 +105,7 @@ def _down(inside: int, out: int) -> tuple[nn.Module, ...]:
 
 @dataclass(frozen=True)
 class Embedded:
-    """What the judge saw: unit rows `content` (n, 96) and `style` (n, 32)."""
+    """What the judge saw: unit rows `content` (n, 96) and `style` (n, 32), which is empty if it was not asked for."""
 
     content: Tensor
     style: Tensor
@@ -92,14 +115,14 @@ class Embedded:
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Embedded:
         index = [which] if isinstance(which, int) else which if isinstance(which, slice) else list(which)
-        return Embedded(self.content[index], self.style[index])
+        return Embedded(self.content[index], self.style[index] if len(self.style) else self.style)
 
 
 class Judge:
-    """The network with a prototype (mean embedding of the real pictures) for every content and style.
+    """The networks with a prototype (mean embedding of the real pictures) for every content and style.
 
     Args:
-        network: Trained.
+        networks: For content and for style, trained.
         contents: Labels of `content_prototypes`.
         styles: Labels of `style_prototypes`.
         content_prototypes: `(contents, 96)`, unit rows.
@@ -109,14 +132,16 @@ class Judge:
 
     def __init__(
         self,
-        network: JudgeNetwork,
+        networks: tuple[ContentNetwork, StyleNetwork],
         contents: Sequence[str],
         styles: Sequence[str],
         content_prototypes: Tensor,
         style_prototypes: Tensor,
         unseen: Iterable[str] = (),
     ) -> None:
-        self.network = network.eval().requires_grad_(False)
+        self.networks = networks
+        for network in networks:
+            network.eval().requires_grad_(False)
         self.contents, self.styles = tuple(contents), tuple(styles)
         self.content_prototypes, self.style_prototypes = content_prototypes, style_prototypes
         self.unseen = frozenset(unseen)
@@ -135,29 +160,35 @@ class Judge:
                 tensors = {key: value.float() for key, value in load_file(where / "judge.safetensors").items()}
             except FileNotFoundError as error:
                 raise WeightsError(f"{where} holds no judge.", "Leave the folder out to use Intarsia's own.") from error
-        prototypes = [F.normalize(tensors.pop(f"prototypes.{kind}"), dim=1) for kind in ("content", "style")]
-        network = JudgeNetwork()
-        network.load_state_dict(tensors, strict=False)  # a batch norm's counter is not kept
+        networks = ContentNetwork(), StyleNetwork()
+        for part, network in zip(("content", "style"), networks, strict=True):
+            own_keys = {key.removeprefix(f"{part}."): v for key, v in tensors.items() if key.startswith(f"{part}.")}
+            network.load_state_dict(own_keys, strict=False)  # a batch norm's counter is not kept
+        prototypes = [F.normalize(tensors[f"prototypes.{part}"], dim=1) for part in ("content", "style")]
         unseen = (*names["unseen_contents"], *names["unseen_renderings"])
-        return cls(network, names["contents"], names["styles"], prototypes[0], prototypes[1], unseen)
+        return cls(networks, names["contents"], names["styles"], prototypes[0], prototypes[1], unseen)
 
-    def embed(self, pictures: Sequence[Image.Image], boxes: Sequence[Box | None] | None = None) -> Embedded:
+    def embed(
+        self, pictures: Sequence[Image.Image], boxes: Sequence[Box | None] | None = None, style: bool = True
+    ) -> Embedded:
         """Look at pictures, or at one box of each.
 
         Args:
             pictures: Any size and mode; transparency is laid on white.
             boxes: One per picture, None for the whole.
+            style: Look at the style too, which takes five times as long as the content.
         """
-        chosen = boxes or [None] * len(pictures)
-        seen = [pixels(picture, box) for picture, box in zip(pictures, chosen, strict=True)]
-        made: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, len(seen), AT_ONCE):
+        chosen = list(zip(pictures, boxes or [None] * len(pictures), strict=True))
+        looks: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(chosen), AT_ONCE):
+            part = chosen[start : start + AT_ONCE]
             with torch.no_grad():
-                made.append(self.network(torch.stack(seen[start : start + AT_ONCE])))
-        if not made:
+                content = self.networks[0](torch.stack([pixels(picture, box) for picture, box in part]))[0]
+                fine = [pixels(picture, box, STYLE_SIZE) for picture, box in part] if style else []
+                looks.append((content, self.networks[1](torch.stack(fine)) if style else torch.empty(0, STYLE)))
+        if not looks:
             return Embedded(torch.empty(0, CONTENT), torch.empty(0, STYLE))
-        content, style = (torch.cat(parts) for parts in zip(*made, strict=True))
-        return Embedded(content, style)
+        return Embedded(torch.cat([content for content, _ in looks]), torch.cat([found for _, found in looks]))
 
     def content_scores(self, seen: Embedded) -> Tensor:
         """Cosine to the prototype of every content: `(n, contents)`."""
@@ -168,8 +199,8 @@ class Judge:
         return seen.style @ self.style_prototypes.T
 
 
-def pixels(picture: Image.Image, box: Box | None = None) -> Tensor:
-    """One picture (or a box of it, in fractions) as the network sees it: `(3, 64, 64)` in -1..1."""
+def pixels(picture: Image.Image, box: Box | None = None, size: int = SIZE) -> Tensor:
+    """One picture (or a box of it, in fractions) as a network sees it: `(3, size, size)` in -1..1."""
     import numpy as np
     from PIL import Image
 
@@ -179,5 +210,5 @@ def pixels(picture: Image.Image, box: Box | None = None) -> Tensor:
     width, height = picture.size
     left, top, right, bottom = box or (0, 0, 1, 1)
     part = (left * width, top * height, right * width, bottom * height)
-    small = picture.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS, box=part)
+    small = picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS, box=part)
     return torch.from_numpy(np.asarray(small).astype("float32") / 127.5 - 1).permute(2, 0, 1).contiguous()

@@ -1,9 +1,13 @@
 """Train the judge on every content and style of the corpus, held-out ones too: it is an instrument, not a teacher.
 
+Content and style have a network each. Content is learned from pictures changed in everything but what they show, style
+from cut-outs of pictures changed as little as the camera of a bench would.
+
 Two things it never sees, so that its error can be told: every twentieth rendering (a content in a style), and all
 renderings of forty contents. Which they are follows from a hash, see `unseen`.
 
-Run: python -m intarsia.training.judge --data runs/corpus --work runs/judge --out assets/judge
+Run: python -m intarsia.training.judge --data runs/corpus --work runs/judge --part content --out assets/judge
+Then the same with --part style; the judge is written when both are there.
 """
 
 from __future__ import annotations
@@ -26,13 +30,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..pipelines.atomic import replacing
-from ..pipelines.judge import CONTENT, SIZE, STYLE, JudgeNetwork
+from ..pipelines.judge import CONTENT, SIZE, STYLE, STYLE_SIZE, ContentNetwork, StyleNetwork
 from .corpus import Captioned
 from .scenes import COLOURS, Bank, read_folder
 
 LOG = logging.getLogger("intarsia.judge")
 CELLS, CONTENTS = 0.05, 40  # share of renderings, number of contents never seen
 CONTENT_SCALE, STYLE_SCALE = 24.0, 12.0  # of the cosines before the softmax
+PER_STYLE = 500  # pictures that make the prototype of a style
 MARGIN = 0.1  # taken off the right content's cosine while training (CosFace, arXiv:1801.09414, eq. 4)
 
 
@@ -57,17 +62,31 @@ def unseen(rows: Sequence[Captioned]) -> list[str]:
 
 
 class Views:
-    """Pictures as the judge may meet them: anywhere, on any ground, with neighbours, blurred, noisy, off in colour.
+    """Pictures as the judge may meet them.
 
     Args:
-        pixels: `(pictures, 4, 64, 64)` uint8, straight alpha.
+        pixels: `(pictures, 4, size, size)` uint8, straight alpha.
     """
 
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
 
-    def draw(self, chosen: Tensor, rng: torch.Generator) -> Tensor:
-        """Draw the chosen pictures: `(batch, 3, 64, 64)` in -1..1."""
+    def cut_outs(self, chosen: Tensor, rng: torch.Generator) -> Tensor:
+        """Parts of 64 x 64 pixels, as fine as the pictures: `(batch, 3, 64, 64)` in -1..1, some of them unsharp."""
+        count, zoom = len(chosen), self.pixels.shape[-1] / SIZE
+        size = zoom * (torch.rand(count, generator=rng) * 0.4 + 0.7)
+        x, y = ((torch.rand(count, generator=rng) - 0.5) * (size - 1).clamp(min=0.3) for _ in range(2))
+        paint = self._moved(chosen, size, x, y, rng)
+        picture = self._grounds(count, rng) * (1 - paint[:, 3:]) + paint[:, :3]
+        unsharp = torch.rand(count, generator=rng) < 0.3
+        small = F.interpolate(picture[unsharp], scale_factor=0.5, mode="area")
+        picture[unsharp] = F.interpolate(small, size=SIZE, mode="bilinear", align_corners=False)
+        picture = picture + 0.02 * (torch.rand(count, 3, 1, 1, generator=rng) * 2 - 1)
+        picture = picture + 0.02 * torch.rand(count, 1, 1, 1, generator=rng) * torch.randn(picture.shape, generator=rng)
+        return (picture.clamp(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
+
+    def changed(self, chosen: Tensor, rng: torch.Generator) -> Tensor:
+        """Anywhere, on any ground, with neighbours, blurred, noisy, off in colour: `(batch, 3, 64, 64)` in -1..1."""
         count = len(chosen)
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -107,7 +126,7 @@ class Views:
         across = torch.where(torch.rand(len(chosen), generator=rng) < 0.25, -1.0, 1.0) / size
         zero = torch.zeros(len(chosen))
         rows = [torch.stack([across, zero, -2 * x * across], 1), torch.stack([zero, 1 / size, -2 * y / size], 1)]
-        grid = F.affine_grid(torch.stack(rows, 1), list(rgba.shape), align_corners=False)
+        grid = F.affine_grid(torch.stack(rows, 1), [len(chosen), 4, SIZE, SIZE], align_corners=False)
         return F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -122,79 +141,102 @@ def _outside(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     return size, x, y
 
 
-def load_pixels(data: Path, rows: Sequence[Captioned], cache: Path) -> Tensor:
-    """All pictures at 64 pixels, kept in a file for the next run."""
+def load_pixels(data: Path, rows: Sequence[Captioned], size: int, cache: Path) -> Tensor:
+    """All pictures at one size, kept in a file for the next run."""
     if cache.exists():
         kept: Tensor = torch.from_numpy(np.load(cache))
         if len(kept) == len(rows):
             return kept
-    made = Bank(data, rows, SIZE, torch.device("cpu")).pixels
+    made = Bank(data, rows, size, torch.device("cpu")).pixels
     with replacing(cache) as fresh, fresh.open("wb") as file:
         np.save(file, made.numpy())
     return made
 
 
-class Training:
-    """The network with its two classifiers, one optimizer, and a checkpoint.
+class Lesson:
+    """A network with the classifiers it is trained through, and the labels of the pictures.
 
     Args:
-        contents: Label of each picture, -1 where it is the only one of its kind.
-        styles: Style of each picture.
+        views: The pictures.
+        labels: For each classifier the class of every picture; -1 where it is the only one of its kind.
+    """
+
+    def __init__(self, part: str, views: Views, labels: Sequence[Tensor], seed: int) -> None:
+        torch.manual_seed(seed)  # initial weights come from the global generator
+        self.part, self.views, self.labels = part, views, tuple(labels)
+        network: Any = ContentNetwork() if part == "content" else StyleNetwork()
+        self.network: torch.nn.Module = network.to(
+            memory_format=torch.channels_last
+        )  # which the types of `to` leave out
+        widths = (CONTENT, STYLE) if part == "content" else (STYLE,)
+        kinds = [torch.randn(int(known.max()) + 1, width) for known, width in zip(labels, widths, strict=True)]
+        self.heads = torch.nn.ParameterList(kinds)
+
+    def loss(self, chosen: Tensor, rng: torch.Generator) -> tuple[Tensor, list[float]]:
+        """Loss over a batch, and the share each classifier got right."""
+        with torch.no_grad():
+            pictures = (self.views.changed if self.part == "content" else self.views.cut_outs)(chosen, rng)
+        with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            made = self.network(pictures)
+        rows = made if isinstance(made, tuple) else (made,)
+        scales = (
+            ((CONTENT_SCALE, MARGIN, 1.0), (STYLE_SCALE, 0.0, 0.5)) if len(rows) > 1 else ((STYLE_SCALE, 0.0, 1.0),)
+        )
+        total, right = torch.zeros(()), list[float]()
+        for row, head, known, (scale, margin, weight) in zip(rows, self.heads, self.labels, scales, strict=True):
+            classes = known[chosen]
+            there = classes >= 0
+            cosines = row.float()[there] @ F.normalize(head, dim=1).T
+            off = margin * F.one_hot(classes[there], cosines.shape[1])
+            total = total + weight * F.cross_entropy(scale * (cosines - off), classes[there])
+            right.append(float((cosines.argmax(1) == classes[there]).float().mean()))
+        return total, right
+
+
+class Training:
+    """One lesson with its optimizer and checkpoint.
+
+    Args:
         steps: Of the whole run; the rate rises for a twentieth of it and falls along a cosine.
     """
 
-    def __init__(self, contents: Tensor, styles: Tensor, steps: int, rate: float, seed: int) -> None:
-        torch.manual_seed(seed)  # initial weights come from the global generator
-        self.contents, self.styles, self.steps, self.rate, self.seed, self.step = contents, styles, steps, rate, seed, 0
-        network: Any = JudgeNetwork()
-        self.network: JudgeNetwork = network.to(memory_format=torch.channels_last)  # which the types of `to` leave out
-        self.heads = torch.nn.ParameterList(
-            [torch.randn(int(contents.max()) + 1, CONTENT), torch.randn(int(styles.max()) + 1, STYLE)]
-        )
-        self.optimizer = torch.optim.AdamW([*self.network.parameters(), *self.heads], lr=rate, weight_decay=0.05)
+    def __init__(self, lesson: Lesson, steps: int, rate: float, seed: int) -> None:
+        self.lesson, self.steps, self.rate, self.seed, self.step = lesson, steps, rate, seed, 0
+        self.optimizer = torch.optim.AdamW([*lesson.network.parameters(), *lesson.heads], lr=rate, weight_decay=0.05)
 
-    def run(self, views: Views, allowed: Tensor, batch: int, until: float, save: Path) -> None:
+    def run(self, allowed: Tensor, batch: int, until: float, save: Path) -> None:
         """Train until the end or until the clock reads `until`."""
-        bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
         begun, first = time.monotonic(), self.step
         while self.step < self.steps and time.monotonic() < until:
             rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
             chosen = allowed[torch.randint(len(allowed), (batch,), generator=rng)]
-            with torch.no_grad():
-                pictures = views.draw(chosen, rng)
             warm = min(1.0, (self.step + 1) / (self.steps / 20))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                content, style = self.network(pictures)
-            loss, right = self._loss(content.float(), style.float(), chosen)
+            loss, right = self.lesson.loss(chosen, rng)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             self.optimizer.step()
             self.step += 1
             if self.step % 100 == 0:
                 rate = (self.step - first) / (time.monotonic() - begun)
-                done = (self.step, self.steps, float(loss.detach()), *right, rate)
-                LOG.info("step %d of %d: loss %.3f, right %.2f %.2f, %.1f steps/s", *done)
+                shown = " ".join(f"{share:.2f}" for share in right)
+                LOG.info(
+                    "step %d of %d: loss %.3f, right %s, %.1f steps/s",
+                    self.step,
+                    self.steps,
+                    float(loss.detach()),
+                    shown,
+                    rate,
+                )
             if self.step % 500 == 0:
                 self.save(save)
         self.save(save)
 
-    def _loss(self, content: Tensor, style: Tensor, chosen: Tensor) -> tuple[Tensor, tuple[float, float]]:
-        labels, styles = self.contents[chosen], self.styles[chosen]
-        known = labels >= 0
-        cosines = content[known] @ F.normalize(self.heads[0], dim=1).T
-        margin = MARGIN * F.one_hot(labels[known], cosines.shape[1])
-        style_cosines = style @ F.normalize(self.heads[1], dim=1).T
-        loss = F.cross_entropy(CONTENT_SCALE * (cosines - margin), labels[known])
-        loss = loss + 0.5 * F.cross_entropy(STYLE_SCALE * style_cosines, styles)
-        right = (cosines.argmax(1) == labels[known]).float().mean(), (style_cosines.argmax(1) == styles).float().mean()
-        return loss, (float(right[0]), float(right[1]))
-
     def save(self, path: Path) -> None:
         """Write weights and optimizer state under a temporary name, then move it."""
-        tensors = {f"network/{key}": value for key, value in self.network.state_dict().items()}
-        tensors |= {f"heads/{key}": value for key, value in self.heads.state_dict().items()}
+        tensors = {f"network/{key}": value for key, value in self.lesson.network.state_dict().items()}
+        tensors |= {f"heads/{key}": value for key, value in self.lesson.heads.state_dict().items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{number}/{name}": value for name, value in state.items()}
         with replacing(path) as fresh:
@@ -208,8 +250,8 @@ class Training:
         for key, value in load_file(path).items():
             part, _, name = key.partition("/")
             parts[part][name] = value
-        self.network.load_state_dict(parts["network"])
-        self.heads.load_state_dict(parts["heads"])
+        self.lesson.network.load_state_dict(parts["network"])
+        self.lesson.heads.load_state_dict(parts["heads"])
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in parts["optimizer"].items():
             number, _, name = key.partition("/")
@@ -217,31 +259,36 @@ class Training:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 
-def prototypes(network: JudgeNetwork, views: Views, groups: Sequence[Sequence[int]], kind: int) -> Tensor:
-    """Mean embedding of each group of pictures, plain on white: unit rows. `kind` 0 is content, 1 style."""
-    white, made = torch.ones(1, 3, SIZE, SIZE), []
-    with torch.no_grad():
-        for start in range(0, len(views.pixels), 256):
-            rgba = views.pixels[start : start + 256].float() / 255
-            made.append(network((white * (1 - rgba[:, 3:]) + rgba[:, :3] * rgba[:, 3:]) * 2 - 1)[kind])
-    every = torch.cat(made)
-    return F.normalize(torch.stack([every[list(group)].mean(0) for group in groups]), dim=1)
-
-
-def export(network: JudgeNetwork, views: Views, rows: Sequence[Captioned], out: Path) -> None:
-    """Write network and prototypes in fp16; what the judge never saw has no part in the prototypes of the rest."""
+def prototypes(network: torch.nn.Module, pixels: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Mean embedding of each group of pictures, plain on white: unit rows."""
     network.eval()
+    made: list[Tensor] = []
+    with torch.no_grad():
+        for group in groups:
+            rgba = pixels[list(group)].float() / 255
+            found = network((rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]) * 2 - 1)
+            made.append((found[0] if isinstance(found, tuple) else found).mean(0))
+    return F.normalize(torch.stack(made), dim=1)
+
+
+def export(parts: dict[str, tuple[dict[str, Tensor], Tensor]], rows: Sequence[Captioned], out: Path) -> None:
+    """Write networks and prototypes in fp16; renderings the judge never saw have no part in its prototypes."""
     why = unseen(rows)
     by_content: dict[str, list[int]] = {}
     by_style: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         if why[index] != "rendering":
-            by_style.setdefault(row.style, []).append(index)
+            if len(by_style.setdefault(row.style, [])) < PER_STYLE:
+                by_style[row.style].append(index)
             if _shared(row):
                 by_content.setdefault(row.content, []).append(index)
-    tensors = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    tensors["prototypes.content"] = prototypes(network, views, list(by_content.values()), 0)
-    tensors["prototypes.style"] = prototypes(network, views, list(by_style.values()), 1)
+    tensors: dict[str, Tensor] = {}
+    for part, groups in (("content", by_content), ("style", by_style)):
+        weights, pixels = parts[part]
+        network = ContentNetwork() if part == "content" else StyleNetwork()
+        network.load_state_dict(weights)
+        tensors |= {f"{part}.{k}": v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
+        tensors[f"prototypes.{part}"] = prototypes(network, pixels, list(groups.values()))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "judge.safetensors") as fresh:
         save_file({key: value.half().contiguous() for key, value in tensors.items()}, fresh)
@@ -260,13 +307,25 @@ def _shared(row: Captioned) -> bool:
     return row.style != "streamline-freehand-color"
 
 
+def lesson(part: str, data: Path, rows: Sequence[Captioned], work: Path, seed: int) -> Lesson:
+    """Read the pictures of a part and number its classes."""
+    size = SIZE if part == "content" else STYLE_SIZE
+    views = Views(load_pixels(data, rows, size, work / f"pixels-{size}.npy"))
+    names = {name: i for i, name in enumerate(dict.fromkeys(row.content for row in rows if _shared(row)))}
+    styles = {name: i for i, name in enumerate(dict.fromkeys(row.style for row in rows))}
+    of_content = torch.tensor([names[row.content] if _shared(row) else -1 for row in rows])
+    of_style = torch.tensor([styles[row.style] for row in rows])
+    return Lesson(part, views, (of_content, of_style) if part == "content" else (of_style,), seed)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     parser = argparse.ArgumentParser(description="Train the judge.")
     parser.add_argument("--data", type=Path, required=True, help="folder made by `intarsia corpus build`")
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint; found there, work goes on")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoints; found there, work goes on")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--part", choices=("content", "style"), required=True)
+    parser.add_argument("--steps", type=int, default=8_000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -275,18 +334,22 @@ def main() -> None:
     until = time.monotonic() + 60 * given.minutes
     rows = read_folder(given.data)
     given.work.mkdir(parents=True, exist_ok=True)
-    views = Views(load_pixels(given.data, rows, given.work / "pixels.npy"))
-    names = {name: i for i, name in enumerate(dict.fromkeys(r.content for r in rows if _shared(r)))}
-    styles = {name: i for i, name in enumerate(dict.fromkeys(r.style for r in rows))}
-    contents = torch.tensor([names[r.content] if _shared(r) else -1 for r in rows])
+    chosen = lesson(given.part, given.data, rows, given.work, given.seed)
     allowed = torch.tensor([i for i, why in enumerate(unseen(rows)) if not why])
-    training = Training(contents, torch.tensor([styles[r.style] for r in rows]), given.steps, given.rate, given.seed)
-    state = given.work / "state.safetensors"
+    training = Training(chosen, given.steps, given.rate, given.seed)
+    state = given.work / f"{given.part}.safetensors"
     if state.exists():
         training.load(state)
-    training.run(views, allowed, given.batch, until, state)
-    export(training.network, views, rows, given.out)
-    LOG.info("exported to %s after step %d", given.out, training.step)
+    training.run(allowed, given.batch, until, state)
+    parts: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
+    for part, size in (("content", SIZE), ("style", STYLE_SIZE)):
+        if (given.work / f"{part}.safetensors").exists():
+            tensors = load_file(given.work / f"{part}.safetensors")
+            weights = {k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")}
+            parts[part] = weights, load_pixels(given.data, rows, size, given.work / f"pixels-{size}.npy")
+    if len(parts) == 2:
+        export(parts, rows, given.out)
+        LOG.info("exported to %s", given.out)
 
 
 if __name__ == "__main__":
