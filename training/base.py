@@ -10,6 +10,7 @@ Run: python -m intarsia.training.base --data runs/corpus --work runs/mini --out 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import math
 import signal
@@ -23,6 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..pipelines.atomic import replacing
 from . import mini as shape
 from .autoencoder import AutoencoderOptions, fit_encoder, psnr, train_decoder
 from .corpus import Captioned
@@ -86,9 +88,7 @@ class Trainer:
         self.parts, self.phases, self.seed, self.work = parts, tuple(phases), seed, work
         self.device = next(parts.unet.parameters()).device
         self.gpu = self.device.type == "cuda"
-        self.bf16 = (
-            torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )  # a third faster where the processor can
+        self.bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a third faster where the processor can
         self.learning_rate, self.step, self.asked_to_stop = learning_rate, 0, False
         named_parts = parts.trained()
         self.weights = {f"{n}.{k}": p for n, part in named_parts.items() for k, p in part.named_parameters()}
@@ -277,7 +277,22 @@ def main() -> None:
     if (given.work / "vae").exists():  # its decoder may have been finished meanwhile by a run of its own
         parts.vae = shape.diffusers.AutoencoderTiny.from_pretrained(given.work / "vae")
     shape.export(trainer.averaged(), given.out, size if trainer.step > given.small_steps else 128)
+    _write_card(given, trainer, [row.content for row in train])
     LOG.info("exported to %s after step %d%s", given.out, trainer.step, "" if done else "; run again to go on")
+
+
+def _write_card(given: argparse.Namespace, trainer: Trainer, contents: Sequence[str]) -> None:
+    """Say beside the weights what they were taught; the report card asks for these contents as known ones."""
+    small = min(trainer.step, given.small_steps)
+    card = {
+        "contents": list(dict.fromkeys(contents)),
+        "steps": trainer.step,
+        "pictures": small * given.small_batch + (trainer.step - small) * given.batch,
+        "seed": given.seed,
+        "scenes": round(given.scenes * (1 - given.plain), 3),
+    }
+    with replacing(given.out / "card.json") as fresh:
+        fresh.write_text(json.dumps(card, ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
 def _autoencoder(given: argparse.Namespace, bank: Bank, planner: Planner, rows: Sequence[Captioned]) -> shape.Part:
