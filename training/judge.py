@@ -208,30 +208,27 @@ class Training:
         """Train until the end or until the clock reads `until`."""
         begun, first = time.monotonic(), self.step
         while self.step < self.steps and time.monotonic() < until:
-            rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
-            chosen = allowed[torch.randint(len(allowed), (batch,), generator=rng)]
-            warm = min(1.0, (self.step + 1) / (self.steps / 20))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-            loss, right = self.lesson.loss(chosen, rng)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
-            self.step += 1
+            loss, right = self.train_step(allowed, batch)
             if self.step % 100 == 0:
-                rate = (self.step - first) / (time.monotonic() - begun)
-                shown = " ".join(f"{share:.2f}" for share in right)
-                LOG.info(
-                    "step %d of %d: loss %.3f, right %s, %.1f steps/s",
-                    self.step,
-                    self.steps,
-                    float(loss.detach()),
-                    shown,
-                    rate,
-                )
+                rate, shares = (self.step - first) / (time.monotonic() - begun), " ".join(f"{r:.2f}" for r in right)
+                LOG.info("step %d of %d: loss %.3f, right %s, %.1f steps/s", self.step, self.steps, loss, shares, rate)
             if self.step % 500 == 0:
                 self.save(save)
         self.save(save)
+
+    def train_step(self, allowed: Tensor, batch: int) -> tuple[float, list[float]]:
+        """One step on pictures drawn from `allowed`: the loss, and the share each classifier got right."""
+        rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        chosen = allowed[torch.randint(len(allowed), (batch,), generator=rng)]
+        warm = min(1.0, (self.step + 1) / (self.steps / 20))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * warm * 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        loss, right = self.lesson.loss(chosen, rng)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach()), right
 
     def save(self, path: Path) -> None:
         """Write weights and optimizer state under a temporary name, then move it."""
