@@ -53,7 +53,8 @@ def generate(
         Cancelled: A stop was asked for; pictures that were finished stay.
     """
     size = picture_size(request, model)
-    schedule.make(request.scheduler, model.components["scheduler"], model.spec)  # refuse before any work
+    sampler = schedule.make(request.scheduler, model.components["scheduler"], model.spec)
+    schedule.check_steps(sampler, request.steps)  # refuse before any work
     for text in (*model.notes, *notices(request, model)):
         yield Notice(text=text)
     with ExitStack() as stack:

@@ -79,6 +79,19 @@ def make(name: str, own: Any, family: Family) -> Any:  # noqa: ANN401 - the samp
     return kind.from_config(config, **changes)
 
 
+def check_steps(scheduler: Any, steps: int) -> None:  # noqa: ANN401
+    """Refuse more steps than a sampler has places for: LCM's visits a few of the timesteps its adapters were taught at.
+
+    Raises:
+        InputError: Says how many it takes.
+    """
+    most = scheduler.config.get("original_inference_steps", steps)
+    if steps > most:
+        raise InputError(
+            f"The scheduler lcm cannot take {steps} steps; it takes at most {most}.", "4 to 8 are what it is made for."
+        )
+
+
 def sigmas_of(scheduler: Any, timesteps: Tensor) -> list[float]:  # noqa: ANN401
     """Give the noise level at the start of each step, in the sampler's own units; infinite for pure noise.
 

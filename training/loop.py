@@ -132,7 +132,7 @@ class Trainer:
         """Make what the loss compares: the answer to `noisy` and its target, or what the recipe makes of the batch."""
         recipe: object = self.task.recipe
         if isinstance(recipe, Comparing):
-            moment = Moment(batch.clean, batch.noise, self.task.schedule, _Network(self, batch))
+            moment = Moment(batch.clean, batch.noise, self.task.schedule, Network(self, batch))
             return recipe.compare(moment, self.task.options, rng)
         with self.accelerator.autocast():
             prediction = self.predict(batch)
@@ -180,7 +180,7 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class _Network:
+class Network:
     """A trainer's denoiser as `recipe.Ask`, for the texts of one batch."""
 
     trainer: Trainer
