@@ -13,6 +13,7 @@ from ..pipelines.errors import InputError
 from . import present
 from .cli_console import Console, complain, guarded
 from .cli_evaluate import add_evaluate
+from .cli_corpus import add_corpus
 from .cli_lists import add_adapters, add_models, doctor
 from .cli_work import add_generate, add_train
 from .studio import Studio
@@ -82,6 +83,7 @@ add_train(app)
 add_evaluate(app)
 add_adapters(app)
 add_models(app)
+add_corpus(app)
 app.command("doctor")(doctor)
 
 

@@ -44,6 +44,11 @@ class Home:
         """Records and reports of the benches."""
         return self._made("evaluations")
 
+    @property
+    def corpus(self) -> Path:
+        """The captioned pictures that `intarsia corpus build` makes; there once it was run."""
+        return self.root / "corpus"
+
     def job(self, job_id: str) -> Path:
         """Folder of one job: previews, samples, checkpoint, log."""
         return self._made(f"jobs/{job_id}")

@@ -7,6 +7,7 @@ silhouette. Nothing is drawn by chance alone: the seed is made from the content'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from zlib import crc32
 
 import numpy as np
@@ -47,23 +48,34 @@ def _cells(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     pitch = side / CELLS
     grid = np.stack(np.meshgrid(np.arange(CELLS), np.arange(CELLS), indexing="ij"), -1)
     points = (grid + 0.5 + rng.uniform(-0.36, 0.36, grid.shape)).reshape(-1, 2).astype(np.float32)  # in cells, y then x
-    at = (np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1) + 0.5).astype(np.float32) / pitch
     pixel = np.clip((points * pitch).astype(int), 0, side - 1)
-    colours = values[pixel[:, 0], pixel[:, 1]]
-    home = at.astype(int)  # the grid square a pixel lies in
+    colours = values[pixel[:, 0], pixel[:, 1]]  # (cells, 4)
+    planes = [np.ascontiguousarray(values[..., channel]) for channel in range(4)]
+    around = list(_around(points, side, pitch))
     labels = np.zeros((side, side), int)
     for _ in range(_ROUNDS):
         best = np.full((side, side), np.inf, np.float32)
-        for dy, dx in _NEAR:
-            y, x = np.clip(home[..., 0] + dy, 0, CELLS - 1), np.clip(home[..., 1] + dx, 0, CELLS - 1)
-            index = y * CELLS + x
-            far = ((at - points[index]) ** 2).sum(-1) + _COLOUR_WEIGHT * ((values - colours[index]) ** 2).sum(-1)
-            nearer = far < best
-            best, labels = np.where(nearer, far, best), np.where(nearer, index, labels)
+        for index, far in around:
+            apart = (planes[0] - np.ascontiguousarray(colours[:, 0])[index]) ** 2
+            for channel in (1, 2, 3):
+                apart += (planes[channel] - np.ascontiguousarray(colours[:, channel])[index]) ** 2
+            apart = far + np.float32(_COLOUR_WEIGHT) * apart
+            np.copyto(labels, index, where=apart < best)
+            np.minimum(best, apart, out=best)
         count = np.maximum(np.bincount(labels.ravel(), minlength=CELLS * CELLS), 1)[:, None]
-        sums = [np.bincount(labels.ravel(), values[..., c].ravel(), CELLS * CELLS) for c in range(4)]
+        sums = [np.bincount(labels.ravel(), plane.ravel(), CELLS * CELLS) for plane in planes]
         colours = (np.stack(sums, -1) / count).astype(np.float32)
     return labels
+
+
+def _around(points: np.ndarray, side: int, pitch: float) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each of the nine nearest grid squares: which cell's it is, and how far (squared) its point is, per pixel."""
+    at = ((np.arange(side) + 0.5).astype(np.float32) / pitch).astype(np.float32)
+    home = at.astype(int)  # the grid square a pixel lies in
+    for dy, dx in _NEAR:
+        y, x = (np.clip(home + step, 0, CELLS - 1) for step in (dy, dx))
+        index = y[:, None] * CELLS + x
+        yield index, (at[:, None] - points[index, 0]) ** 2 + (at - points[index, 1]) ** 2
 
 
 def _lead(cells: np.ndarray, alpha: np.ndarray, side: int) -> np.ndarray:
