@@ -140,19 +140,15 @@ class Separation:
                 for style in without_truth(place.pictures.rows)
             ),
         )
-        figures: dict[str, Figure] = {"pairs": len(found.pairs), "pictures": found.pictures}
-        for score in SCORES:
-            for arm in found.arms:
-                if values := found.values(arm, score.key):
-                    figures[f"{score.key}, {arm}"] = round(mean_spread(values)[0], 4)
-                    figures[f"{score.key}, {arm}, deviation"] = round(deviation(values), 4)
-        tables = (
-            _table(
-                "How near to the true picture", found, NEARNESS, f"Mean ± standard deviation over {sizes}. {NEAR_NOTE}"
-            ),
-            _table("What came along", found, LEAKAGE, f"Mean ± standard deviation over {sizes}. {LEAK_NOTE}"),
+        spread = f"Mean ± standard deviation over {sizes}."
+        near = (
+            f"{spread} {NEAR_NOTE} It knows {len(place.judge.contents)} contents and {len(place.judge.styles)} styles."
         )
-        return Summary(self.title, tables, _sheets(found, options, place), notes, figures)
+        tables = (
+            _table("How near to the true picture", found, NEARNESS, near),
+            _table("What came along", found, LEAKAGE, f"{spread} {LEAK_NOTE}"),
+        )
+        return Summary(self.title, tables, _sheets(found, options, place), notes, _figures(found))
 
 
 def _key(pair: Pair, arm: str, seed: int | None = None) -> str:
@@ -256,6 +252,22 @@ class Found:
     def values(self, arm: str, score: str) -> Sequence[float]:
         """One number per pair; empty if the arm has no such score."""
         return self.means[arm].get(score, ())
+
+
+def _figures(found: Found) -> dict[str, Figure]:
+    """Every mean and deviation by name; content and style of what was drawn come first, they head the page."""
+    drawn = [arm for arm in found.arms if arm not in CONTROLS]
+    first = [(score, arm) for score in ("content", "style") for arm in drawn]
+    rest = [(score.key, arm) for score in SCORES for arm in found.arms if (score.key, arm) not in first]
+    figures: dict[str, Figure] = {}
+    for score, arm in (*first, *rest):
+        if values := found.values(arm, score):
+            figures[f"{score}, {arm}"] = round(mean_spread(values)[0], 4)
+    figures |= {"pairs": len(found.pairs), "pictures": found.pictures}
+    for score, arm in (*first, *rest):
+        if values := found.values(arm, score):
+            figures[f"{score}, {arm}, deviation"] = round(deviation(values), 4)
+    return figures
 
 
 def _table(title: str, found: Found, scores: Sequence[Score], note: str) -> Table:
