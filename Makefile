@@ -4,6 +4,7 @@
 #   make test        run the tests                           (ARGS="tests/unit -k layout" chooses some)
 #   make check       formatting, lint and types alone
 #   make mini        train Mini, the embedded model, anew; cut off, it goes on (ARGS="--help" lists its stages)
+#   make mini-more   on an accelerator: nine more minutes from the newest weights, written back with card and sheet
 #   make benchmarks  measure, and write benchmarks/results
 #   make readme      bring the file list and the benchmark table of README.md up to date
 #   make wheel       build dist/*.whl
@@ -25,7 +26,7 @@ KEY := $(shell { cat pyproject.toml constraints.txt; echo '$(TORCH) $(CURDIR)'; 
 STUDIO := $(VENV)/.studio-$(KEY)
 TOOLS := $(VENV)/.tools-$(KEY)
 
-.PHONY: help studio test check mini benchmarks readme wheel clean
+.PHONY: help studio test check mini mini-more benchmarks readme wheel clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -43,8 +44,11 @@ check: $(TOOLS)
 	$(BIN)/pyright
 
 mini: $(TOOLS)
-	@$(BIN)/python -m intarsia.training.corpus --out runs/corpus
+	@$(BIN)/intarsia corpus build --out runs/corpus
 	@exec $(BIN)/python -m intarsia.training.base --data runs/corpus --work runs/mini --out assets/mini $(ARGS)
+
+mini-more: $(TOOLS)
+	@exec $(BIN)/python -m intarsia.training.long_run $(ARGS)
 
 benchmarks: $(TOOLS)
 	$(BIN)/python -m benchmarks.startup

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from intarsia.pipelines.errors import InputError
-from intarsia.training import base, corpus, mini, scenes
+from intarsia.pipelines.sources import mini_folder
+from intarsia.training import base, corpus, long_run, mini, scenes
 from intarsia.training.corpus import Captioned
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 WORDS = ["a red apple, twemoji style", "a dog left of a house on a light blue background", "noto style"] * 20
@@ -165,6 +169,23 @@ def test_a_run_that_was_cut_goes_on_exactly(tmp_path: Path, monkeypatch: pytest.
     for key, value in whole.weights.items():
         assert torch.equal(value, resumed.weights[key]), key
         assert torch.equal(whole.average[key], resumed.average[key]), key
+
+
+def test_the_long_run_goes_on_from_the_weights_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    squares(tmp_path / "data")
+    shutil.copytree(mini_folder(), tmp_path / "mini")
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(long_run.sheet, "main", lambda: drawn.append(sys.argv))
+    sizes = ["--small-steps", "1", "--small-batch", "2", "--steps", "0", "--pool", "4", "--refresh", "1"]
+    where = ["--data", str(tmp_path / "data"), "--work", str(tmp_path / "work"), "--out", str(tmp_path / "mini")]
+    monkeypatch.setattr(sys, "argv", ["long_run", *where, *sizes, "--device", "cpu", "--learning-rate", "1e-12"])
+    long_run.main()
+    card = json.loads((tmp_path / "mini" / "card.json").read_text("utf-8"))
+    assert card["contents"] == ["red square", "lime square", "blue square", "black square"] and card["pictures"] == 2
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(folder / weights) for folder in (mini_folder(), tmp_path / "mini"))
+    assert max(float((after[key].float() - before[key].float()).abs().max()) for key in before) < 1e-3
+    assert drawn, "the sheet was drawn anew"
 
 
 def test_glyphs_are_matched_by_codepoint_by_name_and_by_alias(tmp_path: Path) -> None:
