@@ -84,11 +84,11 @@ def st_lpips(one: Sequence[Image.Image], other: Sequence[Image.Image], device: s
     with torch.no_grad():
         for start in range(0, len(pairs), AT_ONCE):
             part = pairs[start : start + AT_ONCE]
-            layers = [
+            left, right = (
                 list(alexnet_layers(2 * _stack(side, ST_LPIPS_SIZE).to(device) - 1, weights))
                 for side in zip(*part, strict=True)
-            ]
-            found.append(heads(*layers, weights).cpu())
+            )
+            found.append(heads(left, right, weights).cpu())
     return torch.cat(found) if found else torch.empty(0)
 
 

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
+import subprocess
+import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from intarsia.app.cli import app
+from intarsia.app.cli_evaluate import add_evaluate
 from intarsia.app.evaluation import run
 from intarsia.app.evaluation.bench import Place, Sheet, Summary, Table, benches
 from intarsia.app.evaluation.options import EvaluationOptions
@@ -183,10 +189,13 @@ class FakeBench:
 
     def __init__(self) -> None:
         self.measured: list[int] = []
+        self.interrupted_at = -1
 
     def run(self, options: EvaluationOptions, place: Place) -> Iterator[Event]:
         for index in range(3):
             place.token.check()
+            if index == self.interrupted_at:
+                os.kill(os.getpid(), signal.SIGINT)
             if not place.records.has(f"n/{index}"):
                 self.measured.append(index)
                 place.keep(f"n/{index}", Image.new("RGB", (8, 8)))
@@ -285,6 +294,51 @@ def test_fingerprints_change_with_the_bytes(tmp_path: Path) -> None:
     assert len({run.fingerprint(paths) for paths in ([one], [two], [one, two])}) == 3
 
 
+def command() -> typer.Typer:
+    """The command line with the bench that is there now."""
+    made = typer.Typer()
+    add_evaluate(made)
+    return made
+
+
+def test_command_prints_tables_and_where_the_report_is(home: Home, bench: FakeBench) -> None:
+    done = CliRunner().invoke(command(), ["evaluate", "fake", "--seed", "2"])
+    assert done.exit_code == 0, done.output
+    report = home.root / "evaluations" / "fake" / "report.html"
+    assert done.stdout.split() == ["Sum", "sum", "9", "Report:", str(report)]
+
+
+def test_command_writes_json_lines_for_machines(home: Home, bench: FakeBench, tmp_path: Path) -> None:
+    done = CliRunner().invoke(command(), ["evaluate", "fake", "--json", "--out", str(tmp_path / "here")])
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["step"] for line in lines if line["type"] == "progress"] == [1, 2, 3]
+    assert lines[-1] == {
+        "type": "result",
+        "state": "done",
+        "report": str(tmp_path / "here" / "report.html"),
+        "figures": {"sum": 3},
+    }
+
+
+def test_interrupted_command_leaves_with_130_and_goes_on_next_time(home: Home, bench: FakeBench) -> None:
+    bench.interrupted_at = 1
+    stopped = CliRunner().invoke(command(), ["evaluate", "fake"])
+    assert stopped.exit_code == 130
+    assert "again to go on" in stopped.stdout
+    bench.interrupted_at = -1
+    assert CliRunner().invoke(command(), ["evaluate", "fake"]).exit_code == 0
+    assert bench.measured == [0, 1, 2]
+
+
+def test_command_refuses_in_words(home: Home, bench: FakeBench) -> None:
+    assert CliRunner().invoke(command(), ["evaluate", "fake"]).exit_code == 0
+    refused = CliRunner().invoke(command(), ["evaluate", "fake", "--seed", "1", "--json"])
+    assert refused.exit_code == 2
+    assert "other settings" in refused.stderr and "--out" in refused.stderr
+    assert json.loads(refused.stdout.splitlines()[-1])["code"] == "input"
+
+
 # The real benches
 
 
@@ -304,3 +358,14 @@ def test_help_lists_every_option_of_a_bench(name: str) -> None:
     assert {"model", "quick", "seed", "corpus"} <= set(names)
     for flag in [*names, "out", "json"]:
         assert f"--{flag}" in shown_help
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from intarsia.app.cli import app\n"
+        "app(['evaluate', 'base', '--help'], standalone_mode=False)\n"
+        "heavy = {'torch', 'diffusers', 'gradio', 'numpy'} & {name.partition('.')[0] for name in sys.modules}\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

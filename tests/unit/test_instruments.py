@@ -160,5 +160,5 @@ def test_st_lpips_equals_its_own_package_to_the_last_bit(monkeypatch: pytest.Mon
     for size in (64, 97, 128):
         one, other = 2 * torch.rand(2, 3, 3, size, size, generator=rng) - 1
         with torch.no_grad():
-            layers = [list(instruments.alexnet_layers(side, weights)) for side in (one, other)]
-            assert torch.equal(instruments.heads(*layers, weights), theirs(one, other).flatten())
+            left, right = (list(instruments.alexnet_layers(side, weights)) for side in (one, other))
+            assert torch.equal(instruments.heads(left, right, weights), theirs(one, other).flatten())
