@@ -16,7 +16,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +146,9 @@ class Distiller:
         return min(1.0, (number + 1) / 20, max(0.02, (self.wish.steps - number) / (self.wish.steps / 3)))
 
 
-def distil(distiller: Distiller, bank: Bank, planner: Planner, until: float, folder: Path, identity: Any) -> int:  # noqa: ANN401 - JSON
+def distil(
+    distiller: Distiller, bank: Bank, planner: Planner, until: float, folder: Path, identity: dict[str, Any]
+) -> int:
     """Train until done, until the clock reads `until` or until SIGTERM; a checkpoint is kept in each case.
 
     Returns:
@@ -181,7 +183,7 @@ def distil(distiller: Distiller, bank: Bank, planner: Planner, until: float, fol
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
+def _asked_to_stop() -> Generator[list[int]]:
     """Collect SIGTERM instead of dying of it."""
     received: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
@@ -226,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     settings = resolved(parts, wish, len(rows))
     planner = Planner(rows, given.scenes, given.plain)
-    identity = {
+    identity: dict[str, Any] = {
         "wish": {key: value for key, value in dataclasses.asdict(wish).items() if key != "steps"},
         "pictures": hashlib.sha256("".join(row.file for row in rows).encode()).hexdigest(),
         "shares": [given.scenes, given.plain],
