@@ -97,6 +97,7 @@ class Trainer:
             list(self.weights.values()), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=self.gpu
         )
         alphas = zero_terminal_alphas()
+        self.importance = importance(parts.vae).to(self.device)
         self.signal, self.noise = alphas.sqrt().to(self.device), (1 - alphas).sqrt().to(self.device)
         self.predict = torch.compile(parts.unet) if self.gpu else parts.unet
 
@@ -163,7 +164,7 @@ class Trainer:
             conditions = {"text_embeds": pooled, "time_ids": sizes}
             noisy = noisy.contiguous(memory_format=torch.channels_last if self.gpu else torch.contiguous_format)
             made = self.predict(noisy, timesteps, states, added_cond_kwargs=conditions, return_dict=False)[0]
-        loss = (made.float() - target).square().mean()
+        loss = (self.importance * (made.float() - target).square()).mean()
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self._pace()
         self.optimizer.zero_grad(set_to_none=True)
@@ -213,6 +214,21 @@ class Trainer:
         for key, value in self.weights.items():
             value.data.copy_(self.average[key])
         return self.parts
+
+
+def importance(vae: shape.Part) -> Tensor:
+    """Weight of each latent channel's error, `(channels, 1, 1)`, mean 1.
+
+    The latents are whitened: a fine edge counts as much in them as the colour of a whole patch, though pictures differ
+    mostly in the latter. Weighted by its standard deviation in pixels, shape and colour are learned before the edges.
+    """
+    first = next(vae.parameters())
+    side = 8
+    patches = torch.eye(3 * side * side, device=first.device, dtype=first.dtype).view(-1, 3, side, side)
+    with torch.no_grad():  # the encoder is linear, so this reads its matrix
+        matrix = vae.encode(patches).latents.flatten(1) - vae.encode(torch.zeros_like(patches[:1])).latents.flatten(1)
+    deviation = matrix.float().norm(dim=0).reciprocal()
+    return (deviation / deviation.mean()).view(-1, 1, 1)
 
 
 def hash_seed(seed: int, step: int) -> int:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...pipelines.requests import MAX_SEED
-from ...training.corpus import SETS
-from ...training.scenes import named
+from ...training.icons import SETS
 from .layouts import ARRANGEMENTS, Arrangement, Scene
 
 if TYPE_CHECKING:
@@ -64,6 +63,8 @@ def taught(source: ModelSource, everything: Sequence[str]) -> tuple[str, ...]:
 
 def singles(kind: str, contents: Sequence[str], count: int, seed: int) -> list[Asked]:
     """Ask for `count` pairs of content and style, every pair once before any comes twice."""
+    from ...training.scenes import named
+
     rng = random.Random(f"{kind} {seed}")
     grid = [(content, style) for content in contents for style in STYLES]
     order: list[tuple[str, str]] = []
