@@ -72,7 +72,7 @@ class SeparationOptions(EvaluationOptions):
         None, label="Seeds", help="Pictures per pair and arm. Empty: 4, with quick 2.", low=1, high=64
     )
     training_steps: int | None = option(
-        None, label="Training steps", help="Of every adapter. Empty: the recipe's own, with quick 120.", low=1,
+        None, label="Training steps", help="Of every adapter. Empty: the recipe's own, with quick 200.", low=1,
         high=100_000, unit="steps",
     )  # fmt: skip
     learning_rate: float | None = option(
@@ -93,7 +93,7 @@ class SeparationOptions(EvaluationOptions):
 
     @property
     def recipe_options(self) -> dict[str, Any]:
-        steps = self.training_steps or (120 if self.quick else None)
+        steps = self.training_steps or (200 if self.quick else None)
         given = {"steps": steps, "learning_rate": self.learning_rate}
         return {key: value for key, value in given.items() if value is not None}
 
