@@ -53,7 +53,8 @@ class Pictures:
         for number, line in enumerate(listed.read_text("utf-8").splitlines(), 1):
             try:
                 values: dict[str, Any] = json.loads(line)
-                rows.append(Captioned(**(values | {"tags": tuple(values["tags"])})))
+                values["tags"] = tuple(values["tags"])
+                rows.append(Captioned(**values))
             except (ValueError, TypeError, KeyError):
                 raise InputError(f"Line {number} of {listed} is no captioned picture.", _BUILD) from None
         return cls(tuple(rows), place)

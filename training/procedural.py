@@ -38,7 +38,7 @@ def stained_glass(picture: Image.Image, code: str) -> Image.Image:
     colour = glass * (1 - lead[..., None]) + np.array(LEAD) / 255 * lead[..., None]
     body = np.asarray(Image.fromarray((alpha > 0.35).astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(5)), np.uint8)
     outline = np.asarray(Image.fromarray(body).filter(ImageFilter.GaussianBlur(0.7)), np.float32)
-    made = np.concatenate([np.clip(colour, 0, 1) * 255, outline[..., None]], -1)
+    made = np.concatenate([np.clip(colour, 0, 1) * 255, outline[..., None]], -1)  # (side, side, 4)
     return Image.fromarray(np.round(made).astype(np.uint8), "RGBA")
 
 

@@ -39,6 +39,12 @@ class Placed:
     size: float = 1.0
     mirror: bool = False
 
+    @property
+    def box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom as fractions of the canvas; parts may lie outside it."""
+        half = self.size / 2
+        return self.x - half, self.y - half, self.x + half, self.y + half
+
 
 @dataclass(frozen=True)
 class Plan:
