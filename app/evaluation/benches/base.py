@@ -214,7 +214,8 @@ def _memory(asked: Sequence[Asked], place: Place, count: int) -> Iterator[Event]
         )
         return
     rng = random.Random(f"memory {place.records.header['options']['seed']}")
-    real = rng.sample(place.pictures.of(split="held-out"), count)
+    hidden = place.pictures.of(split="held-out")
+    real = rng.sample(hidden, min(count, len(hidden)))
     drawn = {kind: [one for one in asked if one.key.startswith(f"{kind}/")] for kind in ("held-in", "held-out")}
     wanted: list[tuple[str, str, Image.Image]] = []
     for kind, group in drawn.items():
