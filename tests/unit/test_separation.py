@@ -15,7 +15,7 @@ from intarsia.app.evaluation import instruments
 from intarsia.app.evaluation import training as adapters
 from intarsia.app.evaluation.arms import ARMS, Pair, choose_pairs, chosen_arms, without_truth
 from intarsia.app.evaluation.bench import Place
-from intarsia.app.evaluation.benches.separation import BENCH, SeparationOptions
+from intarsia.app.evaluation.benches.separation import BENCH, SeparationOptions, cell
 from intarsia.app.evaluation.records import Records
 from intarsia.app.evaluation.ruler import Ruler
 from intarsia.app.settings import Home
@@ -351,6 +351,12 @@ def test_quick_asks_less_and_what_is_given_wins() -> None:
     given = SeparationOptions(quick=True, pairs=5, seeds=3, training_steps=7, learning_rate=0.01, seed=9)
     assert (given.pair_count, given.picture_seeds) == (5, (9, 10, 11))
     assert given.recipe_options == {"steps": 7, "learning_rate": 0.01}
+
+
+def test_a_cell_says_its_spread_and_how_many_pairs_it_stands_for() -> None:
+    assert cell([0.25, 0.75], 2, 2) == "0.50 ± 0.35"
+    assert cell([0.25, 0.75], 2, 3) == "0.50 ± 0.35 (2 pairs)"
+    assert (cell([0.5], 1, 1), cell([], 1, 4)) == ("0.5", "–"), "one pair has no spread"
 
 
 # Cached adapters

@@ -272,12 +272,19 @@ def _figures(found: Found) -> dict[str, Figure]:
 
 def _table(title: str, found: Found, scores: Sequence[Score], note: str) -> Table:
     titles = {name: title for name, (title, _) in CONTROLS.items()} | {arm.name: arm.title for arm in ARMS}
-    rows = tuple((titles[arm], *(_cell(found.values(arm, s.key), s.digits) for s in scores)) for arm in found.arms)
+    count = len(found.pairs)
+    rows = tuple(
+        (titles[arm], *(cell(found.values(arm, s.key), s.digits, count) for s in scores)) for arm in found.arms
+    )
     return Table(title, ("", *(score.heading for score in scores)), rows, note)
 
 
-def _cell(values: Sequence[float], digits: int) -> str:
-    return f"{mean_spread(values)[0]:.{digits}f} ± {deviation(values):.{digits}f}" if values else "–"
+def cell(values: Sequence[float], digits: int, count: int) -> str:
+    """Write mean and deviation; a single value has none, and a score that some of `count` pairs lack says how many."""
+    if not values:
+        return "–"
+    spread = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean_spread(values)[0]:.{digits}f}{spread}{'' if len(values) == count else f' ({len(values)} pairs)'}"
 
 
 def _sheets(found: Found, options: SeparationOptions, place: Place) -> tuple[Sheet, ...]:
