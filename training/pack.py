@@ -52,9 +52,9 @@ def _draw(row: Captioned) -> str:
 
 
 def shrink(picture: Image.Image) -> Image.Image:
-    """Shrink a corpus picture to the pack's size and round its values to whole steps (an error of 48 dB or less).
+    """Shrink a corpus picture to the pack's size and round its values to whole steps (48 dB from the exact ones).
 
-    Rounded edges are what makes the pack a third smaller; the mean of blocks, unlike a sharper filter, leaves no
+    Rounded edges are what make the pack a third smaller; the mean of blocks, unlike a sharper filter, leaves no
     halos, which would cost as much again.
     """
     premultiplied = picture.convert("RGBA").convert("RGBa").reduce(picture.width // SIZE)
