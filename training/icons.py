@@ -207,7 +207,7 @@ def draw(glyph: Glyph, size: int = SIZE) -> Image.Image:
             import resvg_py
         except ImportError:
             raise InputError("resvg-py is not installed.", 'Run: pip install "intarsia[corpus]"') from None
-        # Its edges are smooth as they are. Drawn at twice the size and shrunk, pictures differ by 40 to 44 dB on average
+        # Its edges are smooth as they are. Drawn at twice the size and shrunk, they differ by 40 to 44 dB on average
         # (33 at worst, where fluent-emoji blurs), which nobody sees, and take three times as long.
         data = resvg_py.svg_to_bytes(svg_string=glyph.svg, width=size, skip_system_fonts=True)
         picture = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
