@@ -58,7 +58,9 @@ class FakeJudge:
         self._contents = self.embed([disc(name) for name in PALETTE]).content
         self._styles = self.embed([disc("red", style) for style in self.styles]).style
 
-    def embed(self, pictures: Sequence[Image.Image], boxes: Sequence[Any] | None = None) -> Embedded:
+    def embed(
+        self, pictures: Sequence[Image.Image], boxes: Sequence[Any] | None = None, style: bool = True
+    ) -> Embedded:
         crops: list[Image.Image] = []
         for picture, box in zip(pictures, boxes or [None] * len(pictures), strict=True):
             left, top, right, bottom = box or (0, 0, 1, 1)

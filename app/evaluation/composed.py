@@ -164,7 +164,7 @@ def metered(kit: Kit) -> Generator[Meter]:
         torch.accelerator.reset_peak_memory_stats(model.device)
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ANN401
-        latents = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        latents = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         meter.rows += len(latents)
         meter.memory = max(meter.memory, peak_memory(model.device))
 

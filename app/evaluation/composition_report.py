@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,6 +11,7 @@ from .composed import ARMS
 from .statistics import deviation
 
 Row = Mapping[str, Any]
+Measure = Callable[[Row], float | None]
 MEGABYTE = 2**20
 
 
@@ -18,8 +19,25 @@ def _all_placed(row: Row) -> float:
     return float(all(row["placed"]))
 
 
-def _mean(name: str) -> Any:  # noqa: ANN401
-    return lambda row: fmean(row[name])
+def _mean(name: str) -> Measure:
+    def measured(row: Row) -> float | None:
+        return fmean(row[name]) if row[name] else None
+
+    return measured
+
+
+def _lost(name: str) -> Measure:
+    def measured(row: Row) -> float:
+        return fmean(row[f"{name}_alone"]) - fmean(row[name])
+
+    return measured
+
+
+def _value(name: str, unit: float = 1.0) -> Measure:
+    def measured(row: Row) -> float:
+        return float(row[name]) / unit
+
+    return measured
 
 
 def _confusion(row: Row) -> float:
@@ -28,11 +46,7 @@ def _confusion(row: Row) -> float:
     return fmean(any(hit for j, hit in enumerate(hits) if j != i) for i, hits in enumerate(inside))
 
 
-def _lost(name: str) -> Any:  # noqa: ANN401
-    return lambda row: fmean(row[f"{name}_alone"]) - fmean(row[name])
-
-
-QUALITY: Mapping[str, Any] = {  # figure of one picture; its name in summary.json and in the tables
+QUALITY: Mapping[str, Measure] = {  # of one picture; named as in summary.json and in the tables
     "all placed": _all_placed,
     "presence": _mean("present"),
     "place": _mean("placed"),
@@ -42,14 +56,14 @@ QUALITY: Mapping[str, Any] = {  # figure of one picture; its name in summary.jso
     "duplicates": _mean("duplicates"),
     "style": _mean("fidelity"),
     "style fade": _lost("fidelity"),
-    "false alarms": lambda row: fmean(row["false_alarm"]) if row["false_alarm"] else None,
+    "false alarms": _mean("false_alarm"),
 }
-COST: Mapping[str, Any] = {
+COST: Mapping[str, Measure] = {
     "identity lost": _lost("identity"),
     "Lite0 lost": _lost("lite0"),
-    "seconds": lambda row: row["seconds"],
-    "passes": lambda row: row["passes"],
-    "memory, MB": lambda row: row["memory"] / MEGABYTE,
+    "seconds": _value("seconds"),
+    "passes": _value("passes"),
+    "memory, MB": _value("memory", MEGABYTE),
 }
 READING = (
     "Values are means over pictures ± standard deviation; n is the number of pictures. present: found anywhere (among "
@@ -86,8 +100,8 @@ def report(place: Place, weight: float) -> Summary:
     )
 
 
-def _values(rows: Iterable[Row], figure: Any) -> list[float]:  # noqa: ANN401
-    return [float(value) for row in rows if (value := figure(row)) is not None]
+def _values(rows: Iterable[Row], figure: Measure) -> list[float]:
+    return [value for row in rows if (value := figure(row)) is not None]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

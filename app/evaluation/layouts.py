@@ -34,7 +34,8 @@ class Arrangement:
 
 def _square(x: float, y: float, side: float) -> Box:
     """A box by its centre and side."""
-    return (x - side / 2, y - side / 2, x + side / 2, y + side / 2)
+    half = side / 2
+    return (max(0.0, x - half), max(0.0, y - half), min(1.0, x + half), min(1.0, y + half))  # no rounding beyond
 
 
 ALONE = Arrangement("alone", ((0.0, 0.0, 1.0, 1.0),), "{0}")

@@ -35,7 +35,7 @@ def windows() -> tuple[Box, ...]:
     for side, stride in SIDES:
         count = round((1 - side) / stride) + 1
         starts = [index * stride for index in range(count)]
-        found += [(x, y, x + side, y + side) for y in starts for x in starts]
+        found += [(x, y, min(1.0, x + side), min(1.0, y + side)) for y in starts for x in starts]
     return tuple(found)
 
 
@@ -114,19 +114,29 @@ class Finder:
 
     def look(self, picture: Image.Image, boxes: Sequence[Box]) -> Sight:
         """Look at a picture through every window and at every box."""
-        places = [*windows(), *boxes]
-        seen = self.judge.embed([picture] * len(places), places)
-        return Sight(self.judge.content_scores(seen), seen[len(windows()) :])
+        import torch
 
-    def hits(self, sight: Sight, content: str) -> Tensor:
-        """The score of a content wherever it is found, else -1: `(windows + boxes,)`."""
-        scores = sight.scores[:, self.column(content)]
-        better = (sight.scores > scores[:, None]).sum(dim=1)
-        return scores.masked_fill((better >= TOP) | (scores < self.threshold), -1.0)
+        wide = self.judge.embed([picture] * len(windows()), windows(), style=False)
+        seen = self.judge.embed([picture] * len(boxes), boxes)
+        return Sight(torch.cat([self.judge.content_scores(one) for one in (wide, seen)]), seen)
+
+    def named(self, scores: Tensor, content: str) -> Tensor:
+        """Where a content counts as found.
+
+        Args:
+            scores: Of every content, `(n, contents)`.
+            content: Which.
+
+        Returns:
+            Its score where it is found, else -1: `(n,)`.
+        """
+        mine = scores[:, self.column(content)]
+        better = (scores > mine[:, None]).sum(dim=1)
+        return mine.masked_fill((better >= TOP) | (mine < self.threshold), -1.0)
 
     def find(self, sight: Sight, content: str) -> Found:
         """Say where a content is, and how often."""
-        hits, count = self.hits(sight, content), len(windows())
+        hits, count = self.named(sight.scores, content), len(windows())
         scores = sight.scores[:count, self.column(content)]
         best = int(hits[:count].argmax() if float(hits[:count].max()) > -1 else scores.argmax())
         return Found(

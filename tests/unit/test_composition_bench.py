@@ -327,11 +327,11 @@ def test_unknown_arms_and_styles_are_refused_with_the_known_ones(tmp_path: Path,
         plan(CompositionOptions(styles="oil"), place)
 
 
-def test_a_quick_run_is_small_and_a_full_one_asks_all_numbers_of_contents(tmp_path: Path, judge: Judge) -> None:
+def test_quick_and_full_runs_ask_for_all_numbers_of_contents(tmp_path: Path, judge: Judge) -> None:
     place = place_in(tmp_path / "out", cast(Model, None), judge, OPTIONS)
     quick = plan(CompositionOptions(quick=True), place)
     full = plan(CompositionOptions(styles="noto, fluent-3d"), place)
-    assert (len(quick.contents), len(quick.seeds)) == (3, 2) and {len(s.contents) for s in quick.scenes} == {2, 3}
+    assert (len(quick.contents), len(quick.seeds)) == (4, 2) and {len(s.contents) for s in quick.scenes} == {2, 3, 4}
     assert (len(full.contents), len(full.seeds)) == (8, 4) and {len(s.contents) for s in full.scenes} == {2, 3, 4}
     assert {s.style for s in quick.scenes} == {"noto", "fluent-3d"}
     taught = set(full.contents)

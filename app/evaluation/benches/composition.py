@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ....pipelines.adapter_types import AdapterFile
+    from ....pipelines.judge import Embedded
 
 FEWEST_STYLES = 9  # a held-out content must be drawn in, to be taught
 
@@ -26,7 +27,7 @@ FEWEST_STYLES = 9  # a held-out content must be drawn in, to be taught
 class CompositionOptions(EvaluationOptions):
     """Options of the composition bench. What is left empty differs between a quick and a full run."""
 
-    contents: int | None = option(None, label="Taught contents", help="Empty: 8, quick 3.", low=2, high=40)
+    contents: int | None = option(None, label="Taught contents", help="Empty: 8, quick 4.", low=2, high=40)
     scenes: int | None = option(
         None, label="Scenes", help="Per number of contents (2, 3, 4). Empty: 8, quick 2.", low=1, high=200
     )
@@ -36,7 +37,7 @@ class CompositionOptions(EvaluationOptions):
     )
     arms: str = option("", label="Arms", help="What is compared, with commas. Empty: everything.", high=200)
     train_steps: int | None = option(
-        None, label="Training steps", help="Per content. Empty: 400, quick 100.", low=1, high=10_000, unit="steps"
+        None, label="Training steps", help="Per content. Empty: 400, quick 200.", low=1, high=10_000, unit="steps"
     )
     rank: int = option(16, label="Rank", help="Of the adapters.", low=1, high=512)
     merge_weight: float = option(1.0, label="Merge weight", help="Of every adapter in Merge.", low=-7, high=7)
@@ -81,7 +82,7 @@ def plan(options: CompositionOptions, place: Place) -> Plan:
         raise InputError(f"There is no arm {unknown[0]}.", f"Arms: {', '.join(ARMS)}.")
     drawn, groups = _held_out(place)
     enough = {content: group for content, group in groups.items() if len(drawn[content]) >= FEWEST_STYLES}
-    taught = choose(enough, options.contents or (3 if quick else 8))
+    taught = choose(enough, options.contents or (4 if quick else 8))
     others = {content: styles for content, styles in drawn.items() if content not in taught}
     styles = _listed(options.styles) or (["noto", "fluent-3d"] if quick else ["noto", "twemoji", "fluent-3d"])
     known = {style for found in drawn.values() for style in found} & set(place.judge.styles)
@@ -97,7 +98,7 @@ def plan(options: CompositionOptions, place: Place) -> Plan:
         rehearsals=draw_scenes(others, styles, 4 if quick else 12, options.seed),
         arms=tuple(ARMS[name] for name in names),
         seeds=tuple(options.seed + number for number in range(options.seeds or (2 if quick else 4))),
-        train_steps=options.train_steps or (100 if quick else 400),
+        train_steps=options.train_steps or (200 if quick else 400),
     )
 
 
@@ -230,7 +231,7 @@ def _measure(work: Work, scene: Scene, arm: Arm) -> Iterator[Event]:
         place.records.add(
             _key(scene, arm, seed),
             kind="picture", scene=scene.name, count=len(scene.contents), contents=scene.contents, style=scene.style,
-            prompt=scene.prompt, arm=arm.name, seed=seed, **measured, **_looks(work, scene, picture),
+            prompt=scene.prompt, arm=arm.name, seed=seed, **measured, **_looks(work, scene, picture, sight.seen),
             **{f"{name}_alone": values for name, values in _looks(work, scene, beside).items()},
             seconds=round(meter.seconds / len(seeds), 4), passes=meter.rows / len(seeds), memory=meter.memory,
         )  # fmt: skip
@@ -253,21 +254,22 @@ def _singles(work: Work, arm: Arm, scene: Scene, seeds: Sequence[int]) -> list[I
         place.keep(names[seed], picture)
     for seed, name in names.items():
         if not place.records.has(name):
-            sight = work.finder.look(work.singles[name], scene.boxes)
+            seen = place.judge.embed([work.singles[name]])
+            named = float(work.finder.named(place.judge.content_scores(seen), content)[0]) > -1
             place.records.add(
-                name, kind="alone", content=content, style=scene.style, arm=arm.name, seed=seed,
-                named=work.finder.find(sight, content).boxes[0], **_looks(work, scene, work.singles[name]),
+                name, kind="alone", content=content, style=scene.style, arm=arm.name, seed=seed, named=named,
+                **_looks(work, scene, work.singles[name], seen),
             )  # fmt: skip
     return [work.singles[name] for name in names.values()]
 
 
-def _looks(work: Work, scene: Scene, picture: Image.Image) -> dict[str, list[float]]:
+def _looks(work: Work, scene: Scene, picture: Image.Image, seen: Embedded | None = None) -> dict[str, list[float]]:
     """Compare the box of every content with its real picture: `identity` by the judge, `lite0`; and its `fidelity`
-    to the style of the prompt."""
+    to the style of the prompt. `seen` are the judge's embeddings of the boxes, if they are there already."""
     from ..instruments import cosine, lite0
 
     judge, boxes = work.kit.place.judge, scene.boxes
-    seen = judge.embed([picture] * len(boxes), boxes)
+    seen = judge.embed([picture] * len(boxes), boxes) if seen is None else seen
     width, height = picture.size
     crops = [
         picture.crop((round(x * width), round(y * height), round(right * width), round(bottom * height)))
