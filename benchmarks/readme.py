@@ -1,16 +1,20 @@
-"""Keeps the generated parts of README.md true: the benchmark table and the list of files.
+"""Keeps the generated parts of README.md true: the tables of benchmarks and evaluations, and the list of files.
 
-python -m benchmarks.readme           rewrite both parts
+python -m benchmarks.readme           rewrite the parts
 python -m benchmarks.readme --check   exit 1 if the README is behind, and say where
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from .report import load
+from intarsia.app.evaluation.bench import benches
+
+from .report import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("app", "pipelines", "composition", "training", "kernels", "assets", "benchmarks", "tests")
@@ -42,6 +46,26 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def evaluations() -> str:
+    """Show the tables of every evaluation whose summary was put into `results/evaluations`."""
+    parts: list[str] = []
+    for path in sorted((RESULTS / "evaluations").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts.append(f"**{found['title']}** (`intarsia evaluate {found['header']['bench']}{flags(found['header'])}`)")
+        for one in found["tables"]:
+            lines = [" | ".join(map(str, row)) for row in (one["columns"], ["---"] * len(one["columns"]), *one["rows"])]
+            parts.append("\n".join(f"| {line} |" for line in lines))
+            parts += [one["note"]] if one["note"] else []
+    return "\n\n".join(parts) or "Not measured yet."
+
+
+def flags(header: dict[str, Any]) -> str:
+    """The flags that were not left at their defaults, as they are typed."""
+    own = benches()[header["bench"]].options().model_dump(mode="json")
+    given = {key: value for key, value in header["options"].items() if own[key] != value}
+    return "".join(f" --{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in given.items())
+
+
 def files() -> str:
     """List every Python file with the first line of its docstring, and the few other files by hand."""
     lines: list[str] = []
@@ -50,8 +74,8 @@ def files() -> str:
             source = path.read_text(encoding="utf-8")
             if source.strip():
                 name = path.relative_to(ROOT).as_posix()
-                lines.append(f"{name:<38} {first_line(source, name)}")
-    lines += [f"{name:<38} {text}" for name, text in OTHERS]
+                lines.append(f"{name:<46} {first_line(source, name)}")
+    lines += [f"{name:<46} {text}" for name, text in OTHERS]
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
@@ -78,7 +102,7 @@ def main() -> None:
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
     after = before
-    for part, content in (("benchmarks", table()), ("files", files())):
+    for part, content in (("benchmarks", table()), ("evaluations", evaluations()), ("files", files())):
         one = filled(before, part, content)
         if one != before and "--check" in sys.argv[1:]:
             print(f"README.md: the part {part!r} is behind; run: python -m benchmarks.readme", file=sys.stderr)

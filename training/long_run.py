@@ -37,7 +37,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call, all told")
     given, more = parser.parse_known_args()
     if not (given.data / "captions.jsonl").exists():
-        corpus.build(given.data)
+        for _ in corpus.build(given.data):
+            pass
     given.work.mkdir(parents=True, exist_ok=True)
     prepare(given.work, given.out)
     start = ["--start-from", str(given.out)] if (given.out / "unet").exists() else []

@@ -73,11 +73,19 @@ class Pictures:
         Raises:
             InputError: The picture is missing or broken.
         """
+        clear = self.clear(row, None)
+        flat = Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
+        return flat if flat.size == (size, size) else flat.resize((size, size), Image.Resampling.LANCZOS)
+
+    def clear(self, row: Captioned, size: int | None = 128) -> Image.Image:
+        """Give a picture with its transparency, as RGBA; at its own size if None.
+
+        Raises:
+            InputError: The picture is missing or broken.
+        """
         try:
             with Image.open(self.folder / row.file) as picture:
                 whole = picture.convert("RGBA")
         except OSError:
             raise InputError(f"{row.file} cannot be read in {self.folder}.", _BUILD) from None
-        white = Image.new("RGBA", whole.size, "white")
-        flat = Image.alpha_composite(white, whole).convert("RGB")
-        return flat if flat.size == (size, size) else flat.resize((size, size), Image.Resampling.LANCZOS)
+        return whole if size in (None, whole.width) else whole.resize((size, size), Image.Resampling.LANCZOS)

@@ -63,7 +63,7 @@ class JudgeBench:
         if place.records.has(key):
             return
         judge, rng = place.judge, random.Random(name)
-        seen = judge.embed([change(place.pictures.image(row), rng) for row in renderings])
+        seen = judge.embed([change(place.pictures.clear(row), rng) for row in renderings])
         scores, styles = judge.content_scores(seen), judge.style_scores(seen)
         right = [judge.contents.index(row.content) for row in renderings]
         ranks = [int((scores[i] > scores[i, j]).sum()) + 1 for i, j in enumerate(right)]
@@ -117,19 +117,19 @@ class JudgeBench:
 
 
 def _plain(picture: Image.Image, rng: random.Random) -> Image.Image:
-    return picture
+    return picture  # the judge lays transparency on white
 
 
 def _placed(picture: Image.Image, rng: random.Random) -> Image.Image:
     """Smaller, somewhere on a coloured ground."""
-    from PIL import Image, ImageChops
+    from PIL import Image
 
     side = round(picture.width * rng.uniform(0.6, 0.95))
     ground = Image.new("RGB", picture.size, rng.choice(GROUNDS))
     place = (rng.randint(0, picture.width - side), rng.randint(0, picture.height - side))
-    small = Image.new("RGB", picture.size, "white")
-    small.paste(picture.resize((side, side), Image.Resampling.LANCZOS), place)
-    return ImageChops.multiply(ground, small)
+    small = picture.resize((side, side), Image.Resampling.LANCZOS)
+    ground.paste(small, place, small.getchannel("A"))
+    return ground
 
 
 def _soft(picture: Image.Image, rng: random.Random) -> Image.Image:
@@ -151,7 +151,7 @@ def _nearest(rows: Sequence[Captioned], change: Change, rng: random.Random, plac
         return []
     judge = place.judge
     known = [i for i, content in enumerate(judge.contents) if content not in judge.unseen]
-    seen = judge.embed([change(place.pictures.image(row), rng) for row in rows]).content
+    seen = judge.embed([change(place.pictures.clear(row), rng) for row in rows]).content
     every = [row for row in place.pictures.rows if row.content in judge.unseen]
     clean = judge.embed([place.pictures.image(row) for row in every]).content
     contents = sorted({row.content for row in every})
