@@ -10,13 +10,17 @@ from .prompts import STYLES
 from .records import Row
 from .statistics import interval, mean_spread, shown
 
-SINGLE = {"held-in": "Contents it was taught", "held-out": "Contents no training saw"}
+SINGLE = {
+    "held-in": "Contents it was taught",
+    "real": "the real pictures of the same",
+    "held-out": "Contents no training saw",
+}
 PER_SHEET = {"held-in": 60, "held-out": 30, "scene": 20, "variety": 32}
 
 
 def summary(place: Place) -> Summary:
     """Put what was measured into tables, contact sheets and figures."""
-    rows = {kind: place.records.rows(kind) for kind in ("held-in", "held-out", "scene", "pasted", "near", "variety-of")}
+    rows = {kind: place.records.rows(kind) for kind in (*SINGLE, "scene", "pasted", "near", "variety-of")}
     figures: dict[str, Figure] = {}
     tables = [_contents(rows, figures), _scenes(rows, figures), _by_style(rows), *_distances(place, rows, figures)]
     return Summary(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,7 @@ class Base:
         yield from _calibrated(sorted({row.content for row in place.pictures.rows}), 80, options, place)
         for asked in parts:
             yield from _draw(asked, options, place)
+        _real(parts[0], place)
         yield from _variety(parts[3], place)
         yield from _memory(parts[0] + parts[1], place, 20 if options.quick else 100)
         yield from _distance(parts[1], place)
@@ -122,6 +123,19 @@ def _alone(chunk: Sequence[Asked], drawn: Sequence[Image.Image], place: Place) -
             }
         )
     return rows
+
+
+def _real(asked: Sequence[Asked], place: Place) -> None:
+    """Judge the real pictures of the same prompts, where there are any: what full marks are worth."""
+    there = [(one, found[0]) for one in asked if (found := place.pictures.of(one.contents[0], one.style))]
+    there = [(replace(one, key=f"real/{one.key}"), row) for one, row in there]
+    there = [(one, row) for one, row in there if not place.records.has(one.key)]
+    for start in range(0, len(there), CHUNK):
+        place.token.check()
+        chunk = there[start : start + CHUNK]
+        rows = _alone([one for one, _ in chunk], [place.pictures.image(row) for _, row in chunk], place)
+        for (one, _), row in zip(chunk, rows, strict=True):
+            place.records.add(one.key, kind="real", prompt=one.prompt, style=one.style, contents=one.contents, **row)
 
 
 def _in_scenes(chunk: Sequence[Asked], drawn: Sequence[Image.Image], place: Place) -> list[dict[str, object]]:
