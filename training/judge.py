@@ -256,6 +256,15 @@ class Training:
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": moments})
 
 
+def evenly(pictures: Sequence[int], kinds: Sequence[str]) -> list[int]:
+    """Repeat pictures so that each kind is drawn as often as any other."""
+    groups: dict[str, list[int]] = {}
+    for picture, kind in zip(pictures, kinds, strict=True):
+        groups.setdefault(kind, []).append(picture)
+    most = max(map(len, groups.values()))
+    return [group[i % len(group)] for group in groups.values() for i in range(most)]
+
+
 def prototypes(network: torch.nn.Module, pixels: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
     """Mean embedding of each group of pictures, plain on white: unit rows."""
     network.eval()
@@ -332,7 +341,8 @@ def main() -> None:
     rows = read_folder(given.data)
     given.work.mkdir(parents=True, exist_ok=True)
     chosen = lesson(given.part, given.data, rows, given.work, given.seed)
-    allowed = torch.tensor([i for i, why in enumerate(unseen(rows)) if not why])
+    seen = [i for i, why in enumerate(unseen(rows)) if not why]
+    allowed = torch.tensor(seen if given.part == "content" else evenly(seen, [rows[i].style for i in seen]))
     training = Training(chosen, given.steps, given.rate, given.seed)
     state = given.work / f"{given.part}.safetensors"
     if state.exists():
