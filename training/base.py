@@ -29,6 +29,7 @@ from . import mini as shape
 from .autoencoder import AutoencoderOptions, fit_encoder, psnr, train_decoder
 from .corpus import Captioned
 from .scenes import COLOURS, Bank, Planner, named, read_folder
+from .splits import check_training_rows
 
 LOG = logging.getLogger("intarsia.base")
 
@@ -264,6 +265,8 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     rows = read_folder(given.data)
     train = _known([row for row in rows if row.split == "train"], given.contents)
+    if any(row.group for row in train):  # a corpus of ours; other people's folders are theirs to split
+        check_training_rows(train)
     LOG.info("%d pictures, %d of them for training", len(rows), len(train))
     size = 256 if given.steps else 128  # without steps at 256 px, half the memory will do
     bank, planner = Bank(given.data, train, size, device), Planner(train, given.scenes, given.plain)
@@ -343,7 +346,7 @@ def _known(rows: list[Captioned], listed: Path | None) -> list[Captioned]:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train Mini from a folder of captioned pictures.")
-    parser.add_argument("--data", type=Path, required=True, help="folder made by intarsia.training.corpus, or yours")
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `intarsia corpus build`, or yours")
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints; found there, work goes on")
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -59,7 +59,8 @@ def _contents(rows: dict[str, list[Row]], figures: dict[str, Figure]) -> Table:
         "Is it what was asked for?",
         ("prompts", "pictures", "content first", "among first five", "style"),
         tuple(lines),
-        "The judge chooses among all contents it knows, and among the ten base styles. In brackets: 95 % interval.",
+        "The judge chooses among all contents it knows, and among the ten base styles; fluent-emoji and fluent-3d are "
+        "the same drawings rendered twice and count as one. In brackets: 95 % interval.",
     )
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 STYLES = tuple(icon_set.style for icon_set in SETS)
 LEFT_RIGHT, ABOVE_BELOW = (arrangement.boxes for arrangement in ARRANGEMENTS[2])
+# Two renderings of the same drawings, which people cannot tell apart either: the one counts as the other.
+TWINS = {"fluent-emoji": "fluent-3d"}
 RELATIONS = (
     Arrangement("left", LEFT_RIGHT, "{0} left of {1}"),
     Arrangement("right", LEFT_RIGHT[::-1], "{0} right of {1}"),

@@ -16,7 +16,7 @@ from ..bench import Place, Summary
 from ..layouts import pasted
 from ..options import EvaluationOptions
 from ..presence import Finder, calibrate, measure
-from ..prompts import STYLES, Asked, scenes, singles, taught
+from ..prompts import STYLES, TWINS, Asked, scenes, singles, taught
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,7 @@ def _alone(chunk: Sequence[Asked], drawn: Sequence[Image.Image], place: Place) -
                 "rank": rank(contents[i], right),
                 "content": float(contents[i, right]),
                 "taken_for": place.judge.contents[int(contents[i].argmax())],
-                "style_right": style_named(styles[i], place) == one.style,
+                "style_right": is_style(styles[i], one.style, place),
             }
         )
     return rows
@@ -145,7 +145,7 @@ def _in_scenes(chunk: Sequence[Asked], drawn: Sequence[Image.Image], place: Plac
         assert one.scene
         sight = finder.look(picture, one.scene.boxes)
         styles = place.judge.style_scores(sight.seen)
-        right = [style_named(row, place) == one.style for row in styles]
+        right = [is_style(row, one.style, place) for row in styles]
         found = measure(finder, sight, one.scene, ())
         rows.append({"present": found["present"], "placed": found["placed"], "styles_right": right})
     return rows
@@ -184,9 +184,10 @@ def rank(scores: torch.Tensor, right: int) -> int:
     return int((scores > scores[right]).sum()) + 1
 
 
-def style_named(scores: torch.Tensor, place: Place) -> str:
-    """The nearest of the ten base styles: only they can be asked for by name."""
-    return max(STYLES, key=lambda style: float(scores[place.judge.styles.index(style)]))
+def is_style(scores: torch.Tensor, wanted: str, place: Place) -> bool:
+    """Whether this is the nearest of the ten base styles: only they can be asked for by name."""
+    nearest = max(STYLES, key=lambda style: float(scores[place.judge.styles.index(style)]))
+    return TWINS.get(nearest, nearest) == TWINS.get(wanted, wanted)
 
 
 def _variety(asked: Sequence[Asked], place: Place) -> Iterator[Event]:
