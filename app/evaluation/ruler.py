@@ -68,8 +68,8 @@ class Ruler:
             "style_caught": (styles.argmax(1) == self._old).float(),
             "content_leak": share(carried, (self._truth.content * self._style.content).sum(-1), carried.new_ones(1)),
         }
-        return [
-            {key: None if values is None else round(float(values[index]), 6) for key, values in columns.items()}
+        return [  # adding 0 makes -0 a plain 0
+            {key: None if values is None else round(float(values[index]), 6) + 0.0 for key, values in columns.items()}
             for index in range(len(images))
         ]
 
