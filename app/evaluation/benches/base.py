@@ -247,7 +247,10 @@ def _memory(asked: Sequence[Asked], place: Place, count: int) -> Iterator[Event]
     for start in range(0, len(wanted), CHUNK):
         place.token.check()
         chunk = wanted[start : start + CHUNK]
-        near = [training[i] for i in (place.judge.embed([p for _, _, p in chunk]).content @ bank.T).argmax(1).tolist()]
+        near = [
+            training[i]
+            for i in (place.judge.embed([p for _, _, p in chunk], style=False).content @ bank.T).argmax(1).tolist()
+        ]
         far = instruments.st_lpips([p for _, _, p in chunk], [place.pictures.image(row) for row in near])
         for (key, kind, _), row, distance in zip(chunk, near, far.tolist(), strict=True):
             place.records.add(key, kind="near", of=kind, file=row.file, distance=distance)
@@ -261,7 +264,9 @@ def _bank(rows: Sequence[Captioned], place: Place) -> torch.Tensor:
     made: list[torch.Tensor] = []
     for start in range(0, len(rows), 256):
         place.token.check()
-        made.append(place.judge.embed([place.pictures.image(row, 64) for row in rows[start : start + 256]]).content)
+        made.append(
+            place.judge.embed([place.pictures.image(row, 64) for row in rows[start : start + 256]], style=False).content
+        )
     return torch.cat(made)
 
 
