@@ -26,7 +26,7 @@ def summary(place: Place) -> Summary:
     return Summary(
         title="Report card",
         tables=tuple(table for table in tables if table.rows),
-        sheets=tuple(_sheet(kind, rows.get(kind) or place.records.rows(kind), place) for kind in PER_SHEET),
+        sheets=tuple(_sheet(kind, found, place) for kind in PER_SHEET if (found := place.records.rows(kind))),
         notes=_notes(place, rows),
         figures=figures,
     )
