@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ...pipelines.judge import Embedded, Judge
 
 TOP = 5
+ALARMS = 0.005  # share of the contents that are not in a scene which may be found in it
 SAME_THING = 0.1  # windows that share more than this part of the smaller one show one thing
 SAME_PLACE = 0.25  # least intersection over union of a window with the box it belongs to
 SIDES = ((1 / 3, 1 / 9), (1 / 2, 1 / 8), (3 / 4, 1 / 8), (1.0, 1.0))  # of windows, with the distance between two
@@ -181,7 +182,7 @@ class Calibration:
 def calibrate(
     judge: Judge, scenes: Iterable[tuple[Scene, Image.Image]], token: CancelToken | None = None
 ) -> Calibration:
-    """Choose the threshold with the largest hits - false alarms; in the middle, where several are equal.
+    """Choose the least threshold that keeps false alarms to `ALARMS`, and see what share of what is there reaches it.
 
     Args:
         judge: To be calibrated; every content it knows that is not in a scene counts as absent there.
@@ -209,7 +210,7 @@ def calibrate(
         absent[[finder.column(content) for content in scene.contents]] = False
         not_there.append(hits.amax(dim=0)[absent])
     positive, negative = torch.tensor(there), torch.cat(not_there)
-    threshold = separating(positive, negative)
+    threshold = bound(negative)
     return Calibration(
         threshold=threshold,
         hits=float((positive >= threshold).float().mean()),
@@ -219,19 +220,15 @@ def calibrate(
     )
 
 
-def separating(positive: Tensor, negative: Tensor) -> float:
-    """Give the bound with the largest share of `positive` minus share of `negative` above it.
+def bound(absent: Tensor, share: float = ALARMS) -> float:
+    """Give the least threshold that at most this share of the scores of absent contents reach.
 
-    Where a whole interval is as good (nothing lies in it), its middle.
+    There are thousands of absent contents for every one that is there, so this bound hardly depends on which scenes
+    were drawn; the least score of a few contents that are there would.
     """
-    import torch
-
-    values = torch.cat([positive, negative]).unique()  # ascending
-    share_hit = 1 - torch.searchsorted(positive.sort().values, values) / len(positive)
-    share_alarm = 1 - torch.searchsorted(negative.sort().values, values) / len(negative)
-    best = int((share_hit - share_alarm).argmax())  # a bound at this value counts it as above
-    below = values[best - 1] if best else values[best]
-    return float((values[best] + below) / 2)
+    allowed = int(share * len(absent))  # so many may reach it
+    highest = absent.sort(descending=True).values
+    return float(highest[: allowed + 1].min()) + 1e-6
 
 
 def measure(finder: Finder, sight: Sight, scene: Scene, others: Sequence[str]) -> dict[str, list[object]]:

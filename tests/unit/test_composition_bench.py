@@ -103,11 +103,11 @@ def test_one_thing_over_the_whole_picture_is_in_no_box(finder: Finder) -> None:
         assert found["present"][0] and not any(found["placed"]), wanted.name
 
 
-def test_the_threshold_lies_between_what_is_there_and_what_is_not() -> None:
-    separating = presence.separating
-    assert separating(torch.tensor([0.8, 0.9]), torch.tensor([0.1, 0.4])) == pytest.approx(0.6)
-    mixed = separating(torch.tensor([0.3, 0.7, 0.8, 0.9]), torch.tensor([-1.0, 0.1, 0.2, 0.5]))
-    assert 0.5 < mixed < 0.7 or 0.2 < mixed < 0.3, "three hits without an alarm, or four with one"
+def test_the_threshold_lets_through_no_more_false_alarms_than_allowed() -> None:
+    absent = torch.arange(1000) / 1000
+    threshold = presence.bound(absent, 0.005)
+    assert int((absent >= threshold).sum()) == 5, "five in a thousand"
+    assert 0.6 < presence.bound(torch.tensor([0.1, 0.6, 0.2]), 0.005) < 0.61, "none of three"
 
 
 def test_a_content_the_judge_does_not_know_is_refused(finder: Finder) -> None:
