@@ -17,7 +17,7 @@ from .pieces import button, chip, clock, empty, esc, facts, thumbnail
 if TYPE_CHECKING:
     from ..shelf import Entry
 
-ALGORITHMS = {"lora": "LoRA", "blora": "B-LoRA"}
+ALGORITHMS = {"lora": "LoRA", "blora": "B-LoRA", "lcm": "LCM-LoRA"}
 
 
 @dataclass(frozen=True)
