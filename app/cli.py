@@ -12,8 +12,8 @@ import typer
 from ..pipelines.errors import InputError
 from . import present
 from .cli_console import Console, complain, guarded
-from .cli_evaluate import add_evaluate
 from .cli_corpus import add_corpus
+from .cli_evaluate import add_evaluate
 from .cli_lists import add_adapters, add_models, doctor
 from .cli_work import add_generate, add_train
 from .studio import Studio
