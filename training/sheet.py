@@ -48,15 +48,16 @@ def grid(pictures: Sequence[Image.Image], across: Sequence[str], down: Sequence[
 
 def captioned(pictures: Sequence[Image.Image], captions: Sequence[str], across: int = 5) -> Image.Image:
     """Put pictures on a sheet, each over its caption."""
-    width, height, below = *pictures[0].size, 30
+    width, height, below = *pictures[0].size, 44
     sheet = Image.new("RGB", (width * across, (height + below) * -(-len(pictures) // across)), "white")
     pen = ImageDraw.Draw(sheet)
     for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
         row, column = divmod(index, across)
         at = column * width, row * (height + below)
         sheet.paste(picture, at)
-        first, relation, second = caption.partition(next(word for _, word, _ in PAIRS if f" {word} " in caption))
-        pen.text((at[0] + 3, at[1] + height), f"{first}\n{relation}{second}", fill="black")
+        what, _, style = caption.rpartition(", ")
+        first, relation, second = what.partition(next(word for _, word, _ in PAIRS if f" {word} " in what))
+        pen.text((at[0] + 3, at[1] + height), f"{first}\n{relation}{second}\n{style}", fill="black")
     return sheet
 
 
