@@ -161,7 +161,7 @@ def export(mini: Mini, folder: Path, size: int) -> None:
     """Write Mini, which draws `size` pixels by default, as a plain SDXL folder in fp16; temporary name first."""
     mini.unet.register_to_config(sample_size=size // 8)
     mini.tokenizer.model_max_length = TOKENS
-    mini.tokenizer.backend_tokenizer.no_truncation()  # training left its own settings there; a reader sets what it needs
+    mini.tokenizer.backend_tokenizer.no_truncation()  # what training had set; readers set their own
     mini.tokenizer.backend_tokenizer.no_padding()
     import copy
 
