@@ -13,6 +13,7 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ class Shelf:
         return [self._read(row[0]) for row in rows]
 
     def find(self, name_or_path: str | Path) -> Entry:
-        """Give the entry of a name, or describe the file at a path.
+        """Give the entry of a name (adapters that come with Intarsia have one too), or describe the file at a path.
 
         Raises:
             AdapterError: There is no such entry or file (with names that are near), or its file is gone or unusable.
@@ -144,6 +145,9 @@ class Shelf:
                     f"The file of {entry.name} is gone from {entry.path.parent}.", "Import it again, or remove it."
                 )
             return entry
+        bundled = Path(str(files("intarsia.assets"))) / "adapters" / f"{text}.safetensors"
+        if re.fullmatch(r"[\w-]+", text) and bundled.is_file():
+            return self.add(bundled)  # one that comes along enters the library when it is first asked for
         path = Path(text).expanduser()
         if path.is_file():
             report = inspect(path)

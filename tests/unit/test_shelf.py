@@ -52,6 +52,18 @@ def test_an_import_copies_the_file_and_lists_it(home: Home, tmp_path: Path) -> N
     assert Shelf(home).find("my-CAT-v1-5") == entry
 
 
+def test_an_adapter_that_comes_along_enters_the_library_when_it_is_asked_for(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    source = make(tmp_path / "adapters" / "fast.safetensors")
+    monkeypatch.setattr(shelf_module, "files", lambda package: tmp_path)  # type: ignore[misc]
+    entry = Shelf(home).find("fast")
+    assert entry.path.read_bytes() == source.read_bytes() and Shelf(home).entries() == [entry]
+    with pytest.raises(AdapterError):
+        Shelf(home).find("adapters/fast")
+
+
 def test_the_same_file_twice_is_one_entry(home: Home, tmp_path: Path) -> None:
     shelf = Shelf(home)
     first = shelf.add(make(tmp_path / "a.safetensors"))
