@@ -17,6 +17,7 @@ from intarsia.app.evaluation.bench import benches
 from .report import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
+LONGEST = 12  # rows of a table of an evaluation; longer ones are on its own page
 FOLDERS = ("app", "pipelines", "composition", "training", "kernels", "assets", "benchmarks", "tests")
 OTHERS = (
     ("Makefile", "the commands: studio, test, check, mini, benchmarks"),
@@ -47,15 +48,15 @@ def table() -> str:
 
 
 def evaluations() -> str:
-    """Show the tables of every evaluation whose summary was put into `results/evaluations`."""
+    """Show the tables (but the longest) of every evaluation whose summary was put into `results/evaluations`."""
     parts: list[str] = []
     for path in sorted((RESULTS / "evaluations").glob("*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         parts.append(f"**{found['title']}** (`intarsia evaluate {found['header']['bench']}{flags(found['header'])}`)")
-        for one in found["tables"]:
+        for one in (table for table in found["tables"] if len(table["rows"]) <= LONGEST):
             lines = [" | ".join(map(str, row)) for row in (one["columns"], ["---"] * len(one["columns"]), *one["rows"])]
-            parts.append("\n".join(f"| {line} |" for line in lines))
-            parts += [one["note"]] if one["note"] else []
+            parts += [f"*{one['title']}*", "\n".join(f"| {line} |" for line in lines)]
+            parts += [one["note"]] if one["note"] and one["note"] not in parts else []
     return "\n\n".join(parts) or "Not measured yet."
 
 
