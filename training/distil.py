@@ -260,7 +260,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Teach Mini to draw in four steps, without guidance.")
-    parser.add_argument("--data", type=Path, required=True, help="folder made by intarsia.training.corpus, or yours")
+    parser.add_argument("--data", type=Path, required=True, help="folder made by `intarsia corpus build`, or yours")
     parser.add_argument("--model", type=Path, required=True, help="folder of the finished Mini")
     parser.add_argument("--out", type=Path, required=True, help="the adapter, a .safetensors file")
     parser.add_argument("--work", type=Path, help="folder of the checkpoint; empty: beside the adapter")
@@ -273,7 +273,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rank", type=int, default=32, help="capped at a quarter of a layer's width")
     parser.add_argument("--guidance", type=float, default=5.0, help="what is folded in")
-    parser.add_argument("--learning-rate", type=float, help="empty: chosen by Mini's width")
+    parser.add_argument("--learning-rate", type=float, help="empty: the recipe's")
     parser.add_argument("--size", type=int, help="side of the pictures; empty: Mini's own")
     parser.add_argument("--scenes", type=float, default=0.2, help="share of pictures of two or three objects")
     parser.add_argument("--plain", type=float, default=0.3, help="share of pictures shown as they are, on white")

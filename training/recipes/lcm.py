@@ -1,12 +1,12 @@
 """LCM-LoRA: an adapter that draws in four steps what the model draws in twenty, and twice as fast at each of them.
 
 Papers: LCM-LoRA, arXiv:2311.05556; the mathematics is in `training/consistency.py`. Deviations, each on purpose: one
-fixed guidance unless a range is asked for (without an input for it, a range teaches only its middle); ranks and
-learning rate follow the width of the model's layers. Rank 64, alpha = rank, every linear layer and convolution of the
+fixed guidance unless a range is asked for (without an input for it, a range teaches only its middle); ranks follow the
+width of the model's layers; a lower learning rate. Rank 64, alpha = rank, every linear layer and convolution of the
 blocks, 50 solver steps, pseudo-Huber loss, no weight decay and batches of a dozen are the authors'.
 
-Experimental: the equations are tested, a good result is not shown yet. On Mini, 700 steps at 3e-4 gave noisy pictures
-(the judge knew 28 % of their contents, 78 % with the same sampler and no adapter).
+The rate decides: on Mini, after 260 steps of 16 at 4e-5 the judge knew the contents of 54 of 64 pictures drawn in four
+steps, without the adapter of 50; after 700 steps at 3e-4 of 18.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ...pipelines.adapter_types import Role
 from ...pipelines.errors import InputError
 from ...pipelines.options import option
 from ...pipelines.requests import TrainingPicture
-from ..recipe import Compared, Drawing, ModelFacts, Moment, Prediction, Settings, TrainingOptions, capped, scaled_rate
+from ..recipe import Compared, Drawing, ModelFacts, Moment, Prediction, Settings, TrainingOptions, capped
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Lcm:
     """Train every linear layer and convolution of the denoiser's blocks to jump to the end of the sampler's path."""
 
     name = "lcm"
-    title = "LCM-LoRA: pictures in four steps (experimental)"
+    title = "LCM-LoRA: pictures in four steps"
     paper = "arXiv:2311.05556"
     families = ("sd15", "sdxl")
     options = LcmOptions
@@ -96,8 +96,8 @@ class Lcm:
             )
         rate = options.learning_rate
         if rate is None:
-            rate = scaled_rate(1e-4, facts.width)
-            notices.append(f"Learning rate {rate:g}: the paper's 0.0001 x 1280 / {facts.width}, the model's width.")
+            rate = 4e-5
+            notices.append("Learning rate 4e-05: below the paper's 0.0001, at which small models drift.")
         steps = options.steps
         if steps is None:
             steps = 1000
