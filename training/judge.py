@@ -143,10 +143,10 @@ def _outside(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
 
 def load_pixels(data: Path, rows: Sequence[Captioned], size: int, cache: Path) -> Tensor:
     """All pictures at one size, kept in a file for the next run."""
+    which = hashlib.sha256("\n".join(row.file for row in rows).encode()).hexdigest()[:8]
+    cache = cache.with_name(f"{cache.stem}-{which}{cache.suffix}")  # of these pictures in this order, and no others
     if cache.exists():
-        kept: Tensor = torch.from_numpy(np.load(cache))
-        if len(kept) == len(rows):
-            return kept
+        return torch.from_numpy(np.load(cache))
     made = Bank(data, rows, size, torch.device("cpu")).pixels
     with replacing(cache) as fresh, fresh.open("wb") as file:
         np.save(file, made.numpy())

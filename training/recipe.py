@@ -243,6 +243,15 @@ class Comparing(Protocol[O_contra]):
         ...
 
 
+def narrowed(ranks: Mapping[str, int], wanted: int) -> list[str]:
+    """Say how many layers get a smaller rank than was asked for, if any."""
+    narrow = sum(rank < wanted for rank in ranks.values())
+    if not narrow:
+        return []
+    least = min(ranks.values())
+    return [f"{narrow} of {len(ranks)} layers get rank {least} and up instead of {wanted}: a quarter of their width."]
+
+
 def capped(rank: int, shape: tuple[int, ...]) -> int:
     """Limit a rank to a quarter of the layer's smaller side: beyond, the factors outgrow what they can change."""
     return max(1, min(rank, min(shape[0], shape[1]) // 4))

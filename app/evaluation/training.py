@@ -41,23 +41,6 @@ class Trained:
     seconds: float
 
 
-def trained(
-    place: Place,
-    recipe: str,
-    name: str,
-    pictures: Sequence[tuple[Image, str]],
-    options: Mapping[str, Any],
-    seed: int,
-) -> tuple[AdapterFile, ...]:
-    """Train adapters, or take them from an earlier run that trained exactly these; see `training`."""
-    work = training(place, recipe, name, pictures, options, seed)
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            return end.value.adapters
-
-
 def training(
     place: Place,
     recipe: str,

@@ -19,7 +19,7 @@ from ...pipelines.adapter_types import Role
 from ...pipelines.errors import InputError
 from ...pipelines.options import option
 from ...pipelines.requests import TrainingPicture
-from ..recipe import Compared, Drawing, ModelFacts, Moment, Prediction, Settings, TrainingOptions, capped
+from ..recipe import Compared, Drawing, ModelFacts, Moment, Prediction, Settings, TrainingOptions, capped, narrowed
 
 if TYPE_CHECKING:
     import torch
@@ -87,13 +87,7 @@ class Lcm:
 
     def settings(self, facts: ModelFacts, options: LcmOptions) -> Settings:
         ranks = self.targets(facts.family, facts.layers, options)
-        notices: list[str] = []
-        narrow = sum(rank < options.rank for rank in ranks.values())
-        if narrow:
-            notices.append(
-                f"{narrow} of {len(ranks)} layers get rank {min(ranks.values())} and up instead of {options.rank}: "
-                "a quarter of their width."
-            )
+        notices = narrowed(ranks, options.rank)
         rate = options.learning_rate
         if rate is None:
             rate = 4e-5

@@ -13,7 +13,7 @@ from ...pipelines.adapter_types import Role
 from ...pipelines.errors import InputError
 from ...pipelines.options import option
 from ...pipelines.requests import TrainingPicture
-from ..recipe import ModelFacts, Prediction, Settings, TrainingOptions, capped, scaled_rate
+from ..recipe import ModelFacts, Prediction, Settings, TrainingOptions, capped, narrowed, scaled_rate
 
 if TYPE_CHECKING:
     import torch
@@ -86,13 +86,7 @@ class Lora:
 
     def settings(self, facts: ModelFacts, options: LoraOptions) -> Settings:
         ranks = self.targets(facts.family, facts.layers, options)
-        notices: list[str] = []
-        narrow = sum(rank < options.rank for rank in ranks.values())
-        if narrow:
-            notices.append(
-                f"{narrow} of {len(ranks)} layers get rank {min(ranks.values())} and up instead of {options.rank}: "
-                "a quarter of their width."
-            )
+        notices = narrowed(ranks, options.rank)
         rate = options.learning_rate
         if rate is None:
             rate = scaled_rate(1e-4, facts.width)
