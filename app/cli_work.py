@@ -39,7 +39,7 @@ def add_generate(app: typer.Typer) -> None:
         console = Console(bool(given["machine"]))
         with guarded(console):
             values = given_values(GENERATE, given)
-            values["adapters"] = [adapter_use(text) for text in given["adapter"] or ()]
+            values["adapters"] = [AdapterUse.read(text) for text in given["adapter"] or ()]
             request = GenerateRequest.parse(values)
             out = _writable_target(given["out"])
             with Studio() as studio:
@@ -84,20 +84,6 @@ def _add_recipe(group: typer.Typer, name: str, title: str, options: type[Any]) -
             adapters = [{"name": item.label, "path": item.path} for item in made.get("adapter", [])]
             names = ", ".join(item["name"] for item in adapters)
             _end(console, job, final, {"adapters": adapters}, f"In the library: {names}")
-
-
-def adapter_use(text: str) -> AdapterUse:
-    """Read `NAME_OR_FILE[:weight]`.
-
-    Raises:
-        InputError: The weight is out of bounds.
-    """
-    name, colon, tail = text.rpartition(":")
-    try:
-        weight = float(tail)
-    except ValueError:
-        return AdapterUse.parse({"adapter": text})
-    return AdapterUse.parse({"adapter": name, "weight": weight}) if colon else AdapterUse.parse({"adapter": text})
 
 
 def _training_request(studio: Studio, values: dict[str, Any], given: Mapping[str, Any]) -> tuple[TrainRequest, str]:

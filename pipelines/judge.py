@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .boxes import Box
 from .errors import WeightsError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the canvas
 SIZE = 64  # pixels in which content is looked at
 STYLE_SIZE = 128  # pixels in which style is looked at: it lies in edges and shading
 CONTENT, STYLE = 96, 32  # widths of the two embeddings
+HIDDEN = 256  # between what the style network measures and its embedding
 AT_ONCE = 128  # pictures per forward pass
 
 
@@ -82,7 +83,10 @@ class StyleNetwork(nn.Module):
         self.low = nn.Sequential(nn.Conv2d(3, low, 5, 2, 2, bias=False), nn.BatchNorm2d(low), nn.SiLU())
         self.middle = nn.Sequential(*_down(low, middle), Residual(middle))
         self.high = nn.Sequential(*_down(middle, high), Residual(high))
-        self.to_style = nn.Linear(2 * sum(widths), STYLE)
+        seen = 2 * sum(widths)
+        self.to_style = nn.Sequential(
+            nn.BatchNorm1d(seen), nn.Linear(seen, HIDDEN), nn.SiLU(), nn.Dropout(0.3), nn.Linear(HIDDEN, STYLE)
+        )
 
     def forward(self, pictures: Tensor) -> Tensor:
         low = self.low(pictures)  # (batch, low, height / 2, width / 2)

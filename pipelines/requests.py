@@ -21,6 +21,20 @@ class AdapterUse(Options):
     weight: float = option(1.0, label="Weight", help="Multiplies the adapter's change once.", low=-7, high=7)
     sha256: str = ""  # filled in when the job runs, so that a picture says exactly what made it
 
+    @classmethod
+    def read(cls, text: str) -> AdapterUse:
+        """Read `NAME_OR_FILE[:weight]`.
+
+        Raises:
+            InputError: The weight is out of bounds.
+        """
+        name, colon, tail = text.rpartition(":")
+        try:
+            weight = float(tail)
+        except ValueError:
+            return cls.parse({"adapter": text})
+        return cls.parse({"adapter": name, "weight": weight} if colon else {"adapter": text})
+
 
 class GenerateRequest(Options):
     """Make pictures from a prompt."""

@@ -1,7 +1,7 @@
 """Train the judge on every content and style of the corpus, held-out ones too: it is an instrument, not a teacher.
 
 Content and style have a network each. Content is learned from pictures changed in everything but what they show, style
-from cut-outs of pictures changed as little as the camera of a bench would.
+from pictures changed as little as the camera of a bench would.
 
 Two things it never sees, so that its error can be told: every twentieth rendering (a content in a style), and all
 renderings of forty contents. Which they are follows from a hash, see `unseen`.
@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ from .scenes import COLOURS, Bank, read_folder
 LOG = logging.getLogger("intarsia.judge")
 CELLS, CONTENTS = 0.05, 40  # share of renderings, number of contents never seen
 CONTENT_SCALE, STYLE_SCALE = 24.0, 12.0  # of the cosines before the softmax
-PER_STYLE = 500  # pictures that make the prototype of a style
 MARGIN = 0.1  # taken off the right content's cosine while training (CosFace, arXiv:1801.09414, eq. 4)
 
 
@@ -71,16 +70,16 @@ class Views:
     def __init__(self, pixels: Tensor) -> None:
         self.pixels = pixels
 
-    def cut_outs(self, chosen: Tensor, rng: torch.Generator) -> Tensor:
-        """Parts of 64 x 64 pixels, as fine as the pictures: `(batch, 3, 64, 64)` in -1..1, some of them unsharp."""
-        count, zoom = len(chosen), self.pixels.shape[-1] / SIZE
-        size = zoom * (torch.rand(count, generator=rng) * 0.4 + 0.7)
-        x, y = ((torch.rand(count, generator=rng) - 0.5) * (size - 1).clamp(min=0.3) for _ in range(2))
-        paint = self._moved(chosen, size, x, y, rng)
-        picture = self._grounds(count, rng) * (1 - paint[:, 3:]) + paint[:, :3]
+    def whole(self, chosen: Tensor, rng: torch.Generator) -> Tensor:
+        """Half as large to whole, on any ground, some of them unsharp: `(batch, 3, size, size)` in -1..1."""
+        count, side = len(chosen), self.pixels.shape[-1]
+        size = torch.where(torch.rand(count, generator=rng) < 0.3, 1.0, torch.rand(count, generator=rng) * 0.5 + 0.5)
+        x, y = ((torch.rand(count, generator=rng) - 0.5) * (1 - size) for _ in range(2))
+        paint = self._moved(chosen, size, x, y, side, rng)
+        picture = self._grounds(count, side, rng) * (1 - paint[:, 3:]) + paint[:, :3]
         unsharp = torch.rand(count, generator=rng) < 0.3
-        small = F.interpolate(picture[unsharp], scale_factor=0.5, mode="area")
-        picture[unsharp] = F.interpolate(small, size=SIZE, mode="bilinear", align_corners=False)
+        low = int(torch.randint(40, 96, (1,), generator=rng))
+        picture[unsharp] = _unsharp(picture[unsharp], low)
         picture = picture + 0.02 * (torch.rand(count, 3, 1, 1, generator=rng) * 2 - 1)
         picture = picture + 0.02 * torch.rand(count, 1, 1, 1, generator=rng) * torch.randn(picture.shape, generator=rng)
         return (picture.clamp(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
@@ -92,42 +91,47 @@ class Views:
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return torch.rand(*(shape or (count,)), generator=rng) * (high - low) + low
 
-        canvas = self._grounds(count, rng)
+        canvas = self._grounds(count, SIZE, rng)
         beside = torch.rand(count, generator=rng) < 0.25  # a neighbour looks into the box from one side
-        other = self._moved(torch.randint(len(self.pixels), (count,), generator=rng), *_outside(count, rng), rng)
+        other = self._moved(torch.randint(len(self.pixels), (count,), generator=rng), *_outside(count, rng), SIZE, rng)
         other = other * beside[:, None, None, None]
         canvas = canvas * (1 - other[:, 3:]) + other[:, :3]
         whole = torch.rand(count, generator=rng) < 0.35
         size = torch.where(whole, torch.ones(count), uniform(0.55, 1.15))
         room = 0.5 * (1 - size).abs()
         x, y = (torch.where(whole, torch.zeros(count), uniform(-1, 1) * room) for _ in range(2))
-        paint = self._moved(chosen, size, x, y, rng)
+        paint = self._moved(chosen, size, x, y, SIZE, rng)
         picture = canvas * (1 - paint[:, 3:]) + paint[:, :3]
         picture = picture * uniform(0.9, 1.1)[:, None, None, None] + uniform(-0.06, 0.06, count, 3)[:, :, None, None]
         soft = torch.rand(count, generator=rng) < 0.4
         low = int(torch.randint(24, 48, (1,), generator=rng))
-        blurred = F.interpolate(picture[soft], size=low, mode="area")
-        picture[soft] = F.interpolate(blurred, size=SIZE, mode="bilinear", align_corners=False)
+        picture[soft] = _unsharp(picture[soft], low)
         noise = torch.randn(picture.shape, generator=rng) * uniform(0, 0.05)[:, None, None, None]
         return ((picture + noise).clamp(0, 1) * 2 - 1).contiguous(memory_format=torch.channels_last)
 
-    def _grounds(self, count: int, rng: torch.Generator) -> Tensor:
+    def _grounds(self, count: int, side: int, rng: torch.Generator) -> Tensor:
         palette = torch.tensor(list(COLOURS.values())) / 255
         top = palette[torch.randint(len(palette), (count,), generator=rng)]
         bottom = torch.where(torch.rand(count, 1, generator=rng) < 0.6, top, top * 0.7)
         white = torch.rand(count, 1, generator=rng) < 0.45
         top, bottom = (torch.where(white, torch.ones(3), ground)[:, :, None, None] for ground in (top, bottom))
-        return (top + (bottom - top) * torch.linspace(0, 1, SIZE)[:, None]).expand(-1, -1, -1, SIZE)
+        return (top + (bottom - top) * torch.linspace(0, 1, side)[:, None]).expand(-1, -1, -1, side)
 
-    def _moved(self, chosen: Tensor, size: Tensor, x: Tensor, y: Tensor, rng: torch.Generator) -> Tensor:
-        """Premultiplied `(batch, 4, 64, 64)`: scaled by `size` (0..1), moved by x and y (fractions), some mirrored."""
+    def _moved(self, chosen: Tensor, size: Tensor, x: Tensor, y: Tensor, side: int, rng: torch.Generator) -> Tensor:
+        """Premultiplied `(batch, 4, side, side)`: scaled by `size`, moved by fractions x and y, some mirrored."""
         rgba = self.pixels[chosen].float() / 255
         rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
         across = torch.where(torch.rand(len(chosen), generator=rng) < 0.25, -1.0, 1.0) / size
         zero = torch.zeros(len(chosen))
         rows = [torch.stack([across, zero, -2 * x * across], 1), torch.stack([zero, 1 / size, -2 * y / size], 1)]
-        grid = F.affine_grid(torch.stack(rows, 1), [len(chosen), 4, SIZE, SIZE], align_corners=False)
+        grid = F.affine_grid(torch.stack(rows, 1), [len(chosen), 4, side, side], align_corners=False)
         return F.grid_sample(rgba, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _unsharp(pictures: Tensor, low: int) -> Tensor:
+    """Made as small as `low` pixels and large again."""
+    small = F.interpolate(pictures, size=low, mode="area")
+    return F.interpolate(small, size=pictures.shape[-1], mode="bilinear", align_corners=False)
 
 
 def _outside(count: int, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +179,7 @@ class Lesson:
     def loss(self, chosen: Tensor, rng: torch.Generator) -> tuple[Tensor, list[float]]:
         """Loss over a batch, and the share each classifier got right."""
         with torch.no_grad():
-            pictures = (self.views.changed if self.part == "content" else self.views.cut_outs)(chosen, rng)
+            pictures = (self.views.changed if self.part == "content" else self.views.whole)(chosen, rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             made = self.network(pictures)
         rows = made if isinstance(made, tuple) else (made,)
@@ -219,6 +223,7 @@ class Training:
     def train_step(self, allowed: Tensor, batch: int) -> tuple[float, list[float]]:
         """One step on pictures drawn from `allowed`: the loss, and the share each classifier got right."""
         rng = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
+        torch.manual_seed(rng.initial_seed())  # dropout draws from the global generator
         chosen = allowed[torch.randint(len(allowed), (batch,), generator=rng)]
         warm = min(1.0, (self.step + 1) / (self.steps / 20))
         for group in self.optimizer.param_groups:
@@ -265,42 +270,48 @@ def evenly(pictures: Sequence[int], kinds: Sequence[str]) -> list[int]:
     return [group[i % len(group)] for group in groups.values() for i in range(most)]
 
 
-def prototypes(network: torch.nn.Module, pixels: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
-    """Mean embedding of each group of pictures, plain on white: unit rows."""
+def prototypes(network: ContentNetwork, pixels: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Mean content embedding of each group of pictures, plain on white: unit rows."""
     network.eval()
     made: list[Tensor] = []
     with torch.no_grad():
         for group in groups:
             rgba = pixels[list(group)].float() / 255
-            found = network((rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]) * 2 - 1)
-            made.append((found[0] if isinstance(found, tuple) else found).mean(0))
+            made.append(network((rgba[:, :3] * rgba[:, 3:] + 1 - rgba[:, 3:]) * 2 - 1)[0].mean(0))
     return F.normalize(torch.stack(made), dim=1)
 
 
-def export(parts: dict[str, tuple[dict[str, Tensor], Tensor]], rows: Sequence[Captioned], out: Path) -> None:
-    """Write networks and prototypes in fp16; renderings the judge never saw have no part in its prototypes."""
+def export(parts: dict[str, dict[str, Tensor]], pixels: Tensor, rows: Sequence[Captioned], out: Path) -> None:
+    """Write networks and prototypes in fp16; renderings the judge never saw have no part in its prototypes.
+
+    A content's prototype is the mean of its pictures; a style has enough of them that its classifier's own vector is
+    the better one.
+
+    Args:
+        parts: Tensors of the lessons `content` and `style`, as `Training.save` writes them.
+        pixels: All pictures as the content network sees them.
+    """
     why = unseen(rows)
     by_content: dict[str, list[int]] = {}
-    by_style: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        if why[index] != "rendering":
-            if len(by_style.setdefault(row.style, [])) < PER_STYLE:
-                by_style[row.style].append(index)
-            if _shared(row):
-                by_content.setdefault(row.content, []).append(index)
+        if why[index] != "rendering" and _shared(row):
+            by_content.setdefault(row.content, []).append(index)
     tensors: dict[str, Tensor] = {}
-    for part, groups in (("content", by_content), ("style", by_style)):
-        weights, pixels = parts[part]
-        network = ContentNetwork() if part == "content" else StyleNetwork()
-        network.load_state_dict(weights)
+    for part, saved in parts.items():
+        weights = {k.removeprefix("network/"): v for k, v in saved.items() if k.startswith("network/")}
         tensors |= {f"{part}.{k}": v for k, v in weights.items() if not k.endswith("num_batches_tracked")}
-        tensors[f"prototypes.{part}"] = prototypes(network, pixels, list(groups.values()))
+        if part == "content":
+            network = ContentNetwork()
+            network.load_state_dict(weights)
+            tensors["prototypes.content"] = prototypes(network, pixels, list(by_content.values()))
+        else:
+            tensors["prototypes.style"] = F.normalize(saved["heads/0"], dim=1)
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "judge.safetensors") as fresh:
         save_file({key: value.half().contiguous() for key, value in tensors.items()}, fresh)
     labels = {
         "contents": list(by_content),
-        "styles": list(by_style),
+        "styles": list(_numbered(row.style for row in rows)),
         "unseen_contents": sorted({row.content for row, reason in zip(rows, why, strict=True) if reason == "content"}),
         "unseen_renderings": [row.file for row, reason in zip(rows, why, strict=True) if reason == "rendering"],
     }
@@ -313,12 +324,17 @@ def _shared(row: Captioned) -> bool:
     return row.style != "streamline-freehand-color"
 
 
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    """Names in order of appearance, each with its number."""
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
 def lesson(part: str, data: Path, rows: Sequence[Captioned], work: Path, seed: int) -> Lesson:
     """Read the pictures of a part and number its classes."""
     size = SIZE if part == "content" else STYLE_SIZE
     views = Views(load_pixels(data, rows, size, work / f"pixels-{size}.npy"))
-    names = {name: i for i, name in enumerate(dict.fromkeys(row.content for row in rows if _shared(row)))}
-    styles = {name: i for i, name in enumerate(dict.fromkeys(row.style for row in rows))}
+    names = _numbered(row.content for row in rows if _shared(row))
+    styles = _numbered(row.style for row in rows)
     of_content = torch.tensor([names[row.content] if _shared(row) else -1 for row in rows])
     of_style = torch.tensor([styles[row.style] for row in rows])
     return Lesson(part, views, (of_content, of_style) if part == "content" else (of_style,), seed)
@@ -348,14 +364,10 @@ def main() -> None:
     if state.exists():
         training.load(state)
     training.run(allowed, given.batch, until, state)
-    parts: dict[str, tuple[dict[str, Tensor], Tensor]] = {}
-    for part, size in (("content", SIZE), ("style", STYLE_SIZE)):
-        if (given.work / f"{part}.safetensors").exists():
-            tensors = load_file(given.work / f"{part}.safetensors")
-            weights = {k.removeprefix("network/"): v for k, v in tensors.items() if k.startswith("network/")}
-            parts[part] = weights, load_pixels(given.data, rows, size, given.work / f"pixels-{size}.npy")
-    if len(parts) == 2:
-        export(parts, rows, given.out)
+    saved = {part: given.work / f"{part}.safetensors" for part in ("content", "style")}
+    if all(path.exists() for path in saved.values()):
+        pixels = load_pixels(given.data, rows, SIZE, given.work / f"pixels-{SIZE}.npy")
+        export({part: load_file(path) for part, path in saved.items()}, pixels, rows, given.out)
         LOG.info("exported to %s", given.out)
 
 

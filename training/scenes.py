@@ -121,7 +121,7 @@ class Planner:
     def _scene(self, index: int, rng: np.random.Generator) -> Plan:
         style = self.rows[index].style
         pool = self.by_style.get(style) or [index]
-        count = 2 if rng.random() < 0.8 else 3
+        count = 2 if rng.random() < 0.9 else 3
         members = [index, *(int(pool[i]) for i in rng.integers(len(pool), size=count - 1))]
         top, bottom, words = _background(rng)
         names = [named(self.rows[i].content) for i in members]
@@ -240,14 +240,18 @@ class Bank:
         device = self.pixels.device
         rgba = self.pixels[torch.tensor([p.index for p in placed], device=device)].float() / 255
         rgba = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], dim=1)
-        moved = [i for i, p in enumerate(placed) if p.size != 1 or p.mirror]
-        if not moved:
-            return rgba
-        matrices = [_inverse(placed[i]) for i in moved]
-        where = torch.tensor(moved, device=device)
-        grid = F.affine_grid(torch.tensor(matrices, device=device), [len(moved), *rgba.shape[1:]], align_corners=False)
-        shifted = F.grid_sample(rgba[where], grid, mode="bicubic", padding_mode="zeros", align_corners=False)
-        return rgba.index_copy(0, where, shifted.clamp(0, 1))
+        moving = [i for i, p in enumerate(placed) if p.size != 1 or p.mirror]
+        for small in (False, True):
+            moved = [i for i in moving if (placed[i].size <= 0.6) == small]
+            if not moved:
+                continue
+            where = torch.tensor(moved, device=device)
+            source = F.avg_pool2d(rgba[where], 2) if small else rgba[where]  # sampling alone would skip pixels
+            matrices = torch.tensor([_inverse(placed[i]) for i in moved], device=device)
+            grid = F.affine_grid(matrices, [len(moved), *rgba.shape[1:]], align_corners=False)
+            shifted = F.grid_sample(source, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+            rgba = rgba.index_copy(0, where, shifted.clamp(0, 1))
+        return rgba
 
 
 def _inverse(placed: Placed) -> list[list[float]]:

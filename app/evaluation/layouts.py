@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ...pipelines.boxes import Box
 from ...pipelines.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom: fractions of the canvas
 SMALLEST = 0.85  # side of a pasted picture, as a share of its box: scenes of the training corpus vary as much
 COLOURS = ("#d62d30", "#2f6ed2", "#2f9a50", "#a245b4")  # of drawn boxes, in the order of the contents
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from ...pipelines.boxes import Box
 from ...pipelines.errors import InputError
-from .layouts import Box, Scene
+from .layouts import Scene
 
 if TYPE_CHECKING:
     from PIL import Image

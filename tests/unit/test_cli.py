@@ -21,7 +21,6 @@ import pytest
 import typer
 from intarsia.app.cli import UsageError
 from intarsia.app.cli_console import Console
-from intarsia.app.cli_work import adapter_use
 from intarsia.app.settings import Home
 from intarsia.app.studio import Studio
 from intarsia.pipelines.errors import InputError
@@ -135,13 +134,13 @@ def test_every_recipe_has_a_command_with_its_own_options(name: str) -> None:
     ],
 )
 def test_adapters_are_named_with_an_optional_weight(text: str, expected: AdapterUse) -> None:
-    assert adapter_use(text) == expected
+    assert AdapterUse.read(text) == expected
 
 
 @pytest.mark.parametrize("text", ["cat:99", "cat:nan", "cat:inf"])
 def test_a_weight_out_of_bounds_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="Weight"):
-        adapter_use(text)
+        AdapterUse.read(text)
 
 
 REFUSED: list[tuple[list[str], str]] = [

@@ -93,10 +93,10 @@ def test_what_the_judge_never_sees_is_fixed_and_about_as_much_as_promised() -> N
 @pytest.mark.parametrize("part", ["content", "style"])
 def test_views_are_of_one_size_and_follow_from_the_seed(part: str) -> None:
     views = training.Views(shapes(6, 64 if part == "content" else 128))
-    draw = views.changed if part == "content" else views.cut_outs
+    draw = views.changed if part == "content" else views.whole
     chosen = torch.tensor([0, 3, 5, 1])
     one, other, third = (draw(chosen, torch.Generator().manual_seed(seed)) for seed in (4, 4, 5))
-    assert one.shape == (4, 3, 64, 64) and one.abs().max() <= 1
+    assert one.shape == (4, 3, *views.pixels.shape[2:]) and one.abs().max() <= 1
     assert torch.equal(one, other) and not torch.equal(one, third)
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,10 +20,14 @@ from intarsia.app.evaluation.benches.base import BENCH, BaseOptions
 from intarsia.app.evaluation.layouts import pasted
 from intarsia.app.evaluation.records import Records
 from intarsia.app.settings import Home
-from intarsia.pipelines import batch, image
+from intarsia.pipelines import batch
+from intarsia.pipelines.errors import InputError
 from intarsia.pipelines.events import CancelToken
+from intarsia.pipelines.headers import read_header
 from intarsia.pipelines.judge import Embedded
+from intarsia.pipelines.models import Resident
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 KNOWN, HIDDEN = PALETTE[:6], PALETTE[6:]
@@ -67,28 +72,29 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     def lite0(pictures: Sequence[Image.Image]) -> Tensor:
         return torch.ones(len(pictures), 4).cumsum(0)
 
-    def render(*_: object, **__: object) -> list[Image.Image]:
-        return []
-
     monkeypatch.setattr(instruments, "st_lpips", st_lpips)
     monkeypatch.setattr(instruments, "lite0", lite0)
-    monkeypatch.setattr(image, "render", render)
     model = SimpleNamespace(
-        source=SimpleNamespace(path=None), native_size=(128, 128), device=SimpleNamespace(type="cpu")
+        source=SimpleNamespace(path=None), native_size=(128, 128), device=SimpleNamespace(type="cpu"), components={}
     )
     records = Records(tmp_path / "records.jsonl", {"options": {"seed": 0}})
     pictures, judge = cast(Any, Pictures()), cast(Any, Judge())
     return Place(tmp_path, Home(tmp_path / "home"), pictures, cast(Any, model), judge, records, CancelToken())
 
 
-def measured(place: Place, draw: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:  # noqa: ANN401
+def measured(
+    place: Place,
+    draw: Any,  # noqa: ANN401 - prompt to picture
+    monkeypatch: pytest.MonkeyPatch,
+    options: BaseOptions = OPTIONS,
+) -> dict[str, Any]:
     def render_many(model: object, texts: Sequence[str], seeds: Sequence[int], **_: object) -> Iterator[Image.Image]:
         assert len(texts) == len(seeds)
         return map(draw, texts)
 
     monkeypatch.setattr(batch, "render_many", render_many)
-    assert list(BENCH.run(OPTIONS, place))
-    summary = BENCH.summarise(OPTIONS, place)
+    assert list(BENCH.run(options, place))
+    summary = BENCH.summarise(options, place)
     assert all(path.is_file() for sheet in summary.sheets for path in sheet.paths)
     return dict(summary.figures)
 
@@ -124,6 +130,26 @@ def test_what_was_measured_is_not_drawn_again(place: Place, monkeypatch: pytest.
         raise AssertionError(prompt)
 
     assert measured(place, forbidden, monkeypatch) == first
+
+
+def test_an_adapter_is_measured_with_the_model_and_let_go(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.model = Resident().get("mini")
+    hooks = [module._forward_hooks for module in place.model.components["unet"].modules()]
+    file = tmp_path / "fast.safetensors"
+    file.write_bytes(files("intarsia.assets").joinpath("adapters/mini-fast.safetensors").read_bytes())
+
+    def draw(prompt: str) -> Image.Image:
+        assert any(hooks)
+        return wanted(prompt)
+
+    options = BaseOptions(held_in=2, held_out=0, scenes=0, adapter=f"{file}:0.5")
+    measured(place, draw, monkeypatch, options)
+    assert not any(hooks)
+    save_file({key: value + 1 for key, value in load_file(file).items()}, file, read_header(file).metadata)
+    with pytest.raises(InputError, match="not the file these records were made with"):
+        list(BENCH.run(options, place))
 
 
 def test_a_models_card_says_what_it_was_taught(tmp_path: Path) -> None:

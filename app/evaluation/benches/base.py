@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import combinations
 from typing import TYPE_CHECKING
 
+from ....pipelines.errors import InputError
 from ....pipelines.events import Event, Notice, Progress, Stage
 from ....pipelines.options import option
+from ....pipelines.requests import SCHEDULERS, AdapterUse
 from .. import base_report, instruments
 from ..bench import Place, Summary
 from ..layouts import pasted
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from ....training.corpus import Captioned
 
-THRESHOLD = "threshold"
+THRESHOLD, ADAPTER = "threshold", "adapter"
 CHUNK = 16  # pictures drawn at a time, and the most that a stop can cost
 
 
@@ -36,6 +39,8 @@ class BaseOptions(EvaluationOptions):
     scenes: int = option(200, label="Scenes", help="Two objects with a stated relation.", low=0, high=10_000)
     steps: int = option(20, label="Steps", help="Denoising steps.", low=1, high=200, unit="steps")
     guidance: float = option(5.0, label="Guidance", help="How strictly to follow the prompt.", low=0, high=30)
+    scheduler: SCHEDULERS = option("default", label="Scheduler", help="Sampler; default is the model's own.")
+    adapter: str = option("", label="Adapter", help="Library name or file to draw with, with :WEIGHT if not 1.")
 
     def asked(self, many: int) -> int:
         """A fifth of `many` if quick, at most forty."""
@@ -61,13 +66,14 @@ class Base:
             varied(held_in, 4 if options.quick else 20, 4, options.seed),
         )
         yield from _calibrated(sorted({row.content for row in place.pictures.rows}), 80, options, place)
-        for asked in parts:
-            yield from _draw(asked, options, place)
+        with _adapted(options, place):
+            for asked in parts:
+                yield from _draw(asked, options, place)
+            yield from _speed(parts[0], options, place)
         _real(parts[0], place)
         yield from _variety(parts[3], place)
         yield from _memory(parts[0] + parts[1], place, 20 if options.quick else 100)
         yield from _distance(parts[1], place)
-        yield from _speed(parts[0], options, place)
 
     def summarise(self, options: BaseOptions, place: Place) -> Summary:
         return base_report.summary(place)
@@ -80,6 +86,32 @@ def varied(contents: Sequence[str], prompts: int, seeds: int, seed: int) -> list
         for i, one in enumerate(singles("variety", contents, prompts, seed))
         for number in range(seeds)
     ]
+
+
+@contextmanager
+def _adapted(options: BaseOptions, place: Place) -> Generator[None]:
+    """Hold the model with the adapter that is to be measured with it, if any.
+
+    Raises:
+        IntarsiaError: It is not there or does not fit, or the records were made with another file of this name.
+    """
+    from ....pipelines.adapter_file import read_adapter
+    from ....pipelines.attach import Attachment, attached
+    from ....pipelines.sources import unet_shapes
+    from ...shelf import Shelf
+
+    hung: list[Attachment] = []
+    if options.adapter:
+        use = AdapterUse.read(options.adapter)
+        entry = Shelf(place.home).find(use.adapter)
+        adapter = read_adapter(entry.path, unet_shapes(place.model.source))
+        if not place.records.has(ADAPTER):
+            place.records.add(ADAPTER, kind=ADAPTER, sha256=adapter.sha256)
+        elif place.records[ADAPTER]["sha256"] != adapter.sha256:
+            raise InputError(f"{entry.name} is not the file these records were made with.", "Name another --out.")
+        hung.append(Attachment(entry.name, adapter, use.weight))
+    with attached(place.model.components, hung):
+        yield
 
 
 def _draw(asked: Sequence[Asked], options: BaseOptions, place: Place) -> Iterator[Event]:
@@ -97,7 +129,7 @@ def _draw(asked: Sequence[Asked], options: BaseOptions, place: Place) -> Iterato
         drawn = list(
             render_many(
                 place.model, prompts, seeds, steps=options.steps, guidance=options.guidance,
-                batch=CHUNK, token=place.token,
+                scheduler=options.scheduler, batch=CHUNK, token=place.token,
             )
         )  # fmt: skip
         for one, picture in zip(chunk, drawn, strict=True):
@@ -294,7 +326,7 @@ def _distance(asked: Sequence[Asked], place: Place) -> Iterator[Event]:
 
 def _speed(asked: Sequence[Asked], options: BaseOptions, place: Place) -> Iterator[Event]:
     """Seconds for one picture alone, as a person waits for it; the first warms up."""
-    from ....pipelines.image import render
+    from ....pipelines.batch import render_many
 
     if place.records.has("speed"):
         return
@@ -303,7 +335,12 @@ def _speed(asked: Sequence[Asked], options: BaseOptions, place: Place) -> Iterat
     for one in asked[:6]:
         place.token.check()
         begun = time.perf_counter()
-        render(place.model, one.prompt, seed=one.seed, steps=options.steps, guidance=options.guidance)
+        list(
+            render_many(
+                place.model, [one.prompt], [one.seed], steps=options.steps, guidance=options.guidance,
+                scheduler=options.scheduler,
+            )
+        )  # fmt: skip
         taken.append(time.perf_counter() - begun)
     place.records.add("speed", kind="speed", seconds=taken[1:])
 
