@@ -162,10 +162,14 @@ class Trainer:
         # Half of all draws fall on the noisiest quarter: there it is decided what is drawn, the rest is polish.
         timesteps = 999 - (1000 * torch.rand(batch, generator=rng, device=device).square()).long()
         dropped = torch.rand(batch, generator=rng, device=device) < 0.1
+        told = torch.rand(batch, generator=rng, device=device) < 0.5  # the pooled text; see below
         a, s = (table[timesteps][:, None, None, None] for table in (self.signal, self.noise))
         noisy, target = a * clean + s * noise, a * noise - s * clean
         with torch.autocast(device.type, torch.bfloat16, enabled=self.gpu or self.bf16):
             states, pooled = self.parts.encode(pool.ids[chosen], dropped)
+            # One vector for the whole picture is the easy way to say what is drawn, and useless for two things in one
+            # scene; without it every other time, the words themselves are learned to be looked at.
+            pooled = pooled * told[:, None]
             sizes = shape.size_conditioning(batch, phase.size, device)
             conditions = {"text_embeds": pooled, "time_ids": sizes}
             noisy = noisy.contiguous(memory_format=torch.channels_last if self.gpu else torch.contiguous_format)
