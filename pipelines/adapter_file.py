@@ -14,9 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter_types import AdapterFile, LowRank, Role
+from .adapter_types import AdapterFile, Layer, LowRank, Role
 from .architectures import ModuleIndex, Shape
 from .atomic import replacing
+from .dora import Decomposed, magnitude_of, per_output
 from .errors import AdapterError
 from .headers import Header, read_header
 from .identify import HALVES, Report, inspect, yardstick
@@ -53,12 +54,12 @@ def read_adapter(path: Path, shapes: Mapping[str, Shape] | None = None) -> Adapt
         )
     scales, _ = alphas(header, found)
     layers = {
-        name: _factors(header, names, scales[name], index.shapes.get(name)) for name, names in found.layers.items()
+        name: _layer(header, names, scales.get(name), index.shapes.get(name)) for name, names in found.layers.items()
     }
     return _adapter(report, layers)
 
 
-def _adapter(report: Report, layers: Mapping[str, LowRank]) -> AdapterFile:
+def _adapter(report: Report, layers: Mapping[str, Layer]) -> AdapterFile:
     return AdapterFile(
         path=report.path,
         family=report.family,
@@ -70,20 +71,16 @@ def _adapter(report: Report, layers: Mapping[str, LowRank]) -> AdapterFile:
     )
 
 
-def _factors(header: Header, names: LayerNames, alpha: float, target: Shape | None) -> LowRank:
+def _layer(header: Header, names: LayerNames, alpha: float | None, target: Shape | None) -> Layer:
     import torch
 
-    down = torch.from_numpy(header.values(names.down)).float()
-    up = torch.from_numpy(header.values(names.up)).float()
-    if target is not None and len(target) == 4 and down.ndim == 2:  # stored flat, sits on a 1x1 convolution
-        down = down[:, :, None, None]
-    if target is not None and len(target) == 2 and down.ndim == 4:
-        down = down[:, :, 0, 0]
-    if down.ndim == 4 and up.ndim == 2:
-        up = up[:, :, None, None]
-    if down.ndim == 2 and up.ndim == 4:
-        up = up[:, :, 0, 0]
-    return LowRank(down, up, alpha)
+    values = {part: torch.from_numpy(header.values(name)).float() for part, name in names.parts.items()}
+    own = {part: values[part] for part in names.own}
+    layer = names.kind.read(own, alpha, target)
+    part = magnitude_of(names.shapes(header))
+    if part is None:
+        return layer
+    return Decomposed(layer, values[part].flatten(), per_output(part, tuple(values[part].shape), target))
 
 
 def half(adapter: AdapterFile, role: Role) -> AdapterFile:

@@ -1,39 +1,17 @@
-"""What an adapter is once it has been read: low-rank factors per layer, and where they came from."""
+"""What an adapter is once it has been read: a change for each layer, and where it came from."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from .kind import Layer
+from .kinds.lora import LowRank
 
+__all__ = ["AdapterFile", "Layer", "LowRank", "Role"]
 Role = Literal["concept", "content", "style"]
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """One adapted layer: delta = scale * up @ down.
-
-    Args:
-        down: `(rank, in)`, or `(rank, in, kernel, kernel)` for a convolution.
-        up: `(out, rank)`, or `(out, rank, 1, 1)`.
-        alpha: As in the file; a file without alpha has alpha = rank.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -46,7 +24,7 @@ class AdapterFile:
         role: What it depicts; B-LoRA halves are "content" and "style".
         trigger: Words the prompt should hold, "" if none.
         layers: Canonical module path with its component in front, such as
-            `unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q`, to factors.
+            `unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q`, to its change.
         sha256: Of the whole file.
         metadata: The file's own header texts.
     """
@@ -55,6 +33,6 @@ class AdapterFile:
     family: str
     role: Role
     trigger: str
-    layers: Mapping[str, LowRank]
+    layers: Mapping[str, Layer]
     sha256: str
     metadata: Mapping[str, str]

@@ -1,7 +1,7 @@
 """The modules an adapter can sit on: lists of the real SD1.5 and SDXL, and look-up by any spelling of their names.
 
-The lists (assets/architectures) hold every linear and convolution layer with the shape of its weight. They let a file
-be identified without a model; with a model at hand, `ModuleIndex` is built from the model's own shapes instead.
+The lists (assets/architectures) hold every linear, convolution and norm layer with the shape of its weight. They let a
+file be identified without a model; with a model at hand, `ModuleIndex` is built from the model's own shapes instead.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 # One spelling of other trainers for what stands here on the left, inside a resnet block (Stability's original names).
 SGM_RESNET = {
+    "norm1": "in_layers_0",
     "conv1": "in_layers_2",
+    "norm2": "out_layers_0",
     "conv2": "out_layers_3",
     "time_emb_proj": "emb_layers_1",
     "conv_shortcut": "skip_connection",
 }
 SGM_SINGLE = {
     "conv_in": "input_blocks_0_0",
+    "conv_norm_out": "out_0",
     "conv_out": "out_2",
     "time_embedding.linear_1": "time_embed_0",
     "time_embedding.linear_2": "time_embed_2",
@@ -41,14 +44,14 @@ class ModuleIndex:
 
     Args:
         shapes: Weight or module path, component in front (`unet.conv_in` or `unet.conv_in.weight`), to weight shape.
-            Biases, norms and other one-dimensional weights are left out.
+            Norms are among them; biases and embeddings are left out.
     """
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self.shapes: dict[str, Shape] = {}
         for name, shape in shapes.items():
             path = name.removesuffix(".weight")
-            if len(shape) in (2, 4) and not path.endswith(("token_embedding", "position_embedding")):
+            if len(shape) in (1, 2, 4) and not path.endswith(("token_embedding", "position_embedding")):
                 self.shapes[canonical(path)] = tuple(shape)
         self._spellings: dict[str, dict[str, str]] = {}
         for path in self.shapes:

@@ -1,14 +1,15 @@
-"""Hang low-rank branches on a model and take them off again, leaving no trace.
+"""Hang adapters on a model and take them off again, leaving no trace.
 
-A branch adds `weight * scale * up(down(x))` to the output of its layer through a forward hook: no weight is touched,
-so detaching restores the model exactly, and the weights of several adapters can change between two steps.
+A branch adds to the output of its layer through a forward hook: `weight * scale * up(down(x))` for low-rank factors,
+the layer's own operation with the changed weight's difference for every other kind. No weight is touched, so detaching
+restores the model exactly, and the weights of several adapters can change between two steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from types import MappingProxyType
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from .adapter_types import AdapterFile, LowRank
+from .adapter_types import AdapterFile, Layer, LowRank
 from .errors import AdapterError
 
-Target = nn.Linear | nn.Conv2d
+Target = nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm
+TARGETS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -37,41 +39,87 @@ class _Site:
 
     def __init__(self, module: Target) -> None:
         self.module = module
-        self.branches: dict[str, LowRank] = {}
+        self.branches: dict[str, Layer] = {}
         self._key: tuple[object, ...] = ()
-        self._ready: tuple[Tensor, Tensor] | None = None
+        self._thin: tuple[Tensor, Tensor] | None = None
+        self._dense: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def reset(self) -> None:
-        """Forget the prepared factors: names or weights have changed."""
+        """Forget what was prepared: names or weights have changed."""
         self._key = ()
 
-    def factors(self, strengths: Mapping[str, float], like: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Give down and up of all active branches side by side, in the layer's dtype, the strength folded into up.
+    def add(self, output: Tensor, x: Tensor, strengths: Mapping[str, float]) -> Tensor:
+        """Add the active branches to the layer's output."""
+        self._prepare(strengths, output)
+        if self._thin is not None:
+            output = self._add_thin(output, x.to(output), *self._thin)
+        weight, bias = self._dense
+        if weight is not None:
+            return output + self._operate(x.to(output), weight, bias)
+        if bias is not None:
+            shape = (-1, *[1] * (output.ndim - 2)) if isinstance(self.module, nn.Conv2d | nn.GroupNorm) else (-1,)
+            output = output + bias.view(shape)
+        return output
 
-        Returns:
-            `(ranks, in, ...)` and `(out, ranks, ...)`, or None if no branch is active here.
+    def _prepare(self, strengths: Mapping[str, float], like: Tensor) -> None:
+        """Put all active branches side by side, in the layer's dtype, the strength folded in.
+
+        Low-rank ones give `(ranks, in, ...)` and `(out, ranks, ...)`; all others one difference of weight and bias,
+        which takes as much memory as the layer itself.
         """
         key = (like.device, like.dtype)
-        if key != self._key:
-            active = [(layer, strengths[name]) for name, layer in self.branches.items() if strengths.get(name)]
-            self._ready = None
-            if active:
-                down = torch.cat([layer.down.to(like.device) for layer, _ in active])
-                up = torch.cat([layer.up.to(like.device) * (weight * layer.scale) for layer, weight in active], dim=1)
-                self._ready = down.to(like.dtype), up.to(like.dtype)
-            self._key = key
-        return self._ready
+        if key == self._key:
+            return
+        active = [(layer, strengths[name]) for name, layer in self.branches.items() if strengths.get(name)]
+        thin = [(layer, strength) for layer, strength in active if isinstance(layer, LowRank)]
+        changes = [(layer.bias, strength * layer.scale) for layer, strength in thin if layer.bias is not None]
+        weights: list[Tensor] = []
+        for layer, strength in active:
+            if not isinstance(layer, LowRank):
+                with torch.no_grad():
+                    change = layer.change(self.module.weight.detach(), self.module.bias)
+                weights += [] if change.weight is None else [strength * change.weight]
+                changes += [] if change.bias is None else [(change.bias, strength)]
+        self._thin = None
+        if thin:
+            down = torch.cat([layer.down.to(like.device) for layer, _ in thin])
+            up = torch.cat([layer.up.to(like.device) * (strength * layer.scale) for layer, strength in thin], dim=1)
+            self._thin = down.to(like.dtype), up.to(like.dtype)
+        biases = [strength * bias.to(like.device, torch.float32) for bias, strength in changes]
+        self._dense = _sum(weights, like), _sum(biases, like)
+        self._key = key
 
-    def add(self, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """Add the branch to the layer's output; a convolution's stride, padding and dilation are those of its layer."""
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Do to `x` what the layer does, with another weight and bias."""
+        layer = self.module
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        if isinstance(layer, nn.LayerNorm):
+            return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
+        if isinstance(layer, nn.GroupNorm):
+            return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
+        return _convolve(layer, x, weight, bias)
+
+    def _add_thin(self, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        """Add low-rank factors; a convolution's stride, padding and dilation are those of its layer."""
         if isinstance(self.module, nn.Linear):
             inner = F.linear(x, down).reshape(-1, down.shape[0])  # (tokens, ranks)
             return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.T).view(output.shape)
-        conv = self.module
-        if conv.padding_mode != "zeros" and isinstance(conv.padding, tuple):
-            x = F.pad(x, [side for size in reversed(conv.padding) for side in (size, size)], mode=conv.padding_mode)
-            return output + F.conv2d(F.conv2d(x, down, None, conv.stride, 0, conv.dilation), up)
-        return output + F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation), up)
+        assert isinstance(self.module, nn.Conv2d)
+        return output + F.conv2d(_convolve(self.module, x, down), up)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Do what a convolution does, with another weight and bias."""
+    padding = conv.padding
+    if conv.padding_mode != "zeros" and isinstance(padding, tuple):
+        x = F.pad(x, [side for size in reversed(padding) for side in (size, size)], mode=conv.padding_mode)
+        padding = 0
+    return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def _sum(parts: Sequence[Tensor], like: Tensor) -> Tensor | None:
+    return torch.stack(list(parts)).sum(0).to(like.device, like.dtype) if parts else None
 
 
 class Branches:
@@ -119,11 +167,7 @@ class Branches:
 
     def hook(self, site: _Site, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Add the active branches of one layer to its output."""
-        x = args[0]
-        factors = site.factors(self._strengths, output)
-        if factors is None:
-            return output
-        return site.add(output, x.to(output), *factors)
+        return site.add(output, args[0], self._strengths)
 
     def _known(self, names: Iterable[str]) -> None:
         unknown = sorted(set(names) - set(self._weights))
@@ -198,7 +242,7 @@ def _targets(components: Mapping[str, nn.Module], attachment: Attachment) -> dic
         module = _module(components, name)
         if module is None:
             wrong.append(f"no module {name}")
-        elif not isinstance(module, nn.Linear | nn.Conv2d):
+        elif not isinstance(module, TARGETS):
             wrong.append(f"{name} is a {type(module).__name__}")
         elif problem := _problem(layer, module):
             wrong.append(f"{name}: {problem}")
@@ -227,18 +271,25 @@ def _module(components: Mapping[str, nn.Module], name: str) -> nn.Module | None:
     return None
 
 
-def _shaped(layer: LowRank, module: Target) -> LowRank:
-    """Give the factors the number of dimensions their layer has (a 1x1 convolution may be stored flat)."""
+def _shaped(layer: Layer, module: Target) -> Layer:
+    """Give low-rank factors the number of dimensions their layer has (a 1x1 convolution may be stored flat)."""
+    if not isinstance(layer, LowRank):
+        return layer
     down, up = layer.down, layer.up
     if isinstance(module, nn.Linear):
         down, up = down.reshape(down.shape[:2]), up.reshape(up.shape[:2])
     else:
         down = down[:, :, None, None] if down.ndim == 2 else down
         up = up[:, :, None, None] if up.ndim == 2 else up
-    return LowRank(down, up, layer.alpha)
+    return replace(layer, down=down, up=up)
 
 
-def _problem(layer: LowRank, module: Target) -> str | None:
+def _problem(layer: Layer, module: Target) -> str | None:
+    """Say why a layer does not fit its module; with other kinds than low-rank by trying it on an empty weight."""
+    if not isinstance(layer, LowRank):
+        return _misfit(layer, module)
+    if not isinstance(module, nn.Linear | nn.Conv2d):
+        return f"a {type(module).__name__} cannot take a LoRA"
     kernel = (1, 1) if isinstance(module, nn.Linear) else module.kernel_size
     if isinstance(module, nn.Conv2d) and module.groups != 1:
         return "a grouped convolution cannot be adapted"
@@ -249,6 +300,16 @@ def _problem(layer: LowRank, module: Target) -> str | None:
     out = module.weight.shape[0]
     if tuple(layer.up.shape) not in ((out, layer.rank), (out, layer.rank, 1, 1)):
         return f"up expected {_show((out, layer.rank))} but has {_show(tuple(layer.up.shape))}"
+    return None
+
+
+def _misfit(layer: Layer, module: Target) -> str | None:
+    try:
+        change = layer.change(torch.zeros_like(module.weight, dtype=torch.float32), module.bias)
+    except RuntimeError:
+        return f"its change does not fit a layer of {_show(tuple(module.weight.shape))}"
+    if change.bias is not None and change.bias.shape != module.weight.shape[:1]:
+        return f"its bias has {len(change.bias)} numbers but the layer {len(module.weight)} outputs"
     return None
 
 

@@ -7,14 +7,15 @@ is looked up in the model's own module list (`ModuleIndex`), so no name is ever 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
-from typing import Literal
 
-Part = Literal["down", "up", "alpha"]
+HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
+# (suffix, part of a layer as its kind calls it, dialect).
 # Longest first where one ends another.
-SUFFIXES: tuple[tuple[str, Part, str], ...] = (
+SUFFIXES: tuple[tuple[str, str, str], ...] = (
     (".lora_linear_layer.down.weight", "down", "diffusers, old"),
     (".lora_linear_layer.up.weight", "up", "diffusers, old"),
     (".lora_A.default.weight", "down", "PEFT"),
@@ -27,6 +28,20 @@ SUFFIXES: tuple[tuple[str, Part, str], ...] = (
     (".lora.up.weight", "up", "diffusers, old"),
     ("_lora.down.weight", "down", "attention processors"),
     ("_lora.up.weight", "up", "attention processors"),
+    (".lora_mid.weight", "mid", "kohya"),
+    (".lora_B.default.bias", "bias", "PEFT"),
+    (".lora_B.bias", "bias", "PEFT"),
+    (".lora_up.bias", "bias", "kohya"),
+    (".lora_magnitude_vector.default.weight", "magnitude", "PEFT"),
+    (".lora_magnitude_vector.weight", "magnitude", "PEFT"),
+    (".lora_magnitude_vector.default", "magnitude", "PEFT"),
+    (".lora_magnitude_vector", "magnitude", "PEFT"),
+    (".magnitude", "magnitude", "PEFT"),
+    (".ia3_l.default", "ia3_l", "PEFT"),
+    (".ia3_l", "ia3_l", "PEFT"),
+    (".dora_scale", "dora_scale", "LyCORIS"),
+    *((f".{part}", part, "LyCORIS") for part in (*HADAMARD, *KRONECKER)),
+    *((f".{part}", part, "LyCORIS") for part in ("diff", "diff_b", "w_norm", "b_norm", "on_input")),
     (".alpha", "alpha", ""),
 )
 # (prefix, components to look in); the first prefix that fits is taken.
@@ -56,13 +71,21 @@ class Key:
 
     components: tuple[str, ...]
     module: str
-    part: Part
+    part: str
     style: str
 
 
-def split_key(name: str) -> Key | None:
-    """Take a tensor name apart, or give None when it ends like no plain LoRA tensor."""
-    for suffix, part, style in SUFFIXES:
+def split_key(name: str, names: Container[str] = ()) -> Key | None:
+    """Take a tensor name apart, or give None when it ends like no adapter tensor.
+
+    Args:
+        name: The tensor's.
+        names: All of the file: a plain `.weight` is one of (IA)3 if an `.on_input` stands beside it.
+    """
+    suffixes = SUFFIXES
+    if name.endswith(".weight") and f"{name.removesuffix('.weight')}.on_input" in names:
+        suffixes = ((".weight", "ia3", "LyCORIS"),)
+    for suffix, part, style in suffixes:
         if name.endswith(suffix):
             stem = name.removesuffix(suffix)
             prefix, components = next(row for row in PREFIXES if stem.startswith(row[0]))
@@ -111,17 +134,10 @@ ALGORITHMS: tuple[Foreign, ...] = (
         r"^(emb_params|string_to_param|clip_[lg]|<[^<>]+>)$",
         "Embeddings are not adapters; they cannot be used here.",
     ),
-    Foreign("dora", "DoRA", r"(\.dora_scale|lora_magnitude_vector|\.magnitude|\.w_magnitude)(\.|$)"),
-    Foreign("loha", "LoHa (LyCORIS)", r"(^|\.)hada_(w[12]|t[12])"),
-    Foreign("lokr", "LoKr (LyCORIS)", r"(^|\.)lokr_(w[12]|t[12])"),
-    Foreign("ia3", "(IA)\N{SUPERSCRIPT THREE}", r"\.on_input$|\.ia3_l"),
+    Foreign("dora", "DoRA in a spelling that is not known here", r"\.w_magnitude(\.|$)"),
     Foreign("boft", "BOFT", r"\.boft_(R|s)"),
     Foreign("oft", "OFT (orthogonal finetuning)", r"\.oft_(blocks|diag|[rR])(\.|$)"),
     Foreign("glora", "GLoRA (LyCORIS)", r"\.(a1|a2|b1|b2|bm)\.weight$"),
-    Foreign("full", "a full difference (diff)", r"\.diff(_b)?$"),
-    Foreign("norms", "a LoRA that also changes norm layers (w_norm)", r"\.[wb]_norm$"),
-    Foreign("locon-tucker", "LoCon with Tucker decomposition (lora_mid)", r"\.lora_mid\.weight$"),
-    Foreign("lora-bias", "a LoRA with bias terms (lora_B.bias)", r"\.lora_(B|up)(\.default)?\.bias$"),
     Foreign("reshaped", "a LoRA that changes layer sizes (reshape_weight)", r"\.reshape_weight$"),
     Foreign("vera", "VeRA", r"vera_lambda_[bd]"),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -15,10 +15,12 @@ from typing import Any, Literal, cast
 
 from .adapter_types import Role
 from .architectures import ModuleIndex, Shape, reference
-from .dialects import ALGORITHMS, FAMILIES, MODELS, Foreign, claimed_family, recognise
+from .dialects import ALGORITHMS, FAMILIES, MODELS, Foreign, claimed_family, recognise, split_key
+from .dora import magnitude_of
 from .errors import AdapterError
 from .headers import Header, hashes, read_header, scan
-from .layers import Collected, alphas, collect, flat, misfits, shape_of
+from .kind import flat, kinds
+from .layers import Collected, LayerNames, alphas, collect, misfits
 from .sources import mini_folder, resolve, unet_shapes
 
 Confidence = Literal["certain", "likely", "guess"]
@@ -154,12 +156,19 @@ def _foreign(bare: Report, header: Header) -> Report | None:
         return replace(bare, family=known, algorithm=algorithm.name, refusal=text, hint=algorithm.hint)
     if family:
         text = f"{name} is an adapter for {family.title}; it cannot be used here."
-        algorithm_name = "lora" if any("lora" in key for key in names) else ""
-        return replace(bare, family=family.name, algorithm=algorithm_name, refusal=text, hint=family.hint)
+        return replace(bare, family=family.name, algorithm=_kinds_named(names), refusal=text, hint=family.hint)
     model: Foreign | None = None if any("lora" in key for key in names) else recognise(names, MODELS)
     if model:
         return replace(bare, algorithm=model.name, refusal=f"{name} is {model.title}, not an adapter.", hint=model.hint)
     return None
+
+
+def _kinds_named(names: Iterable[str]) -> str:
+    """Name the kinds whose parts occur among tensor names, in a file whose modules are not known."""
+    known = list(names)
+    parts = {key.part for name in known if (key := split_key(name, frozenset(known)))} - {"alpha"}
+    found = [kind.name for kind in kinds().values() if parts & frozenset().union(*kind.required)]
+    return ", ".join(found) or ("lora" if any("lora" in name for name in known) else "")
 
 
 def _named_family(header: Header) -> str:
@@ -179,11 +188,11 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
         return replace(bare, family=choice.family, **_broken(bare.path.name, found))
     wrong = misfits(header, found, against)
     values, warnings = alphas(header, found)
-    ranks = Counter(shape_of(header, names.down)[0] for names in found.layers.values())
+    ranks = Counter(rank for names in found.layers.values() if (rank := names.rank(header)))
     report = replace(
         bare,
         family=choice.family,
-        algorithm="locon" if any(len(flat(shape_of(header, n.down))) == 4 for n in found.layers.values()) else "lora",
+        algorithm=_algorithm(header, found),
         rank=ranks.most_common(1)[0][0] if ranks else 0,
         ranks=dict(sorted(ranks.items())),
         alpha=(min(values.values(), default=0.0), max(values.values(), default=0.0)),
@@ -204,11 +213,24 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
     return _judge(report, header, found, values, index)
 
 
+def _algorithm(header: Header, found: Collected) -> str:
+    """Name what the file holds: its kinds, LoRA with convolutions as "locon", with magnitudes "dora"."""
+    names: set[str] = set()
+    for layer in found.layers.values():
+        shapes = layer.shapes(header)
+        conv = "mid" in shapes or len(flat(shapes.get("down", ()))) == 4
+        name = "locon" if layer.kind.name == "lora" and conv else layer.kind.name
+        names.add({"lora": "dora", "locon": "dora"}.get(name, f"{name}, dora") if magnitude_of(shapes) else name)
+    if "locon" in names:
+        names.discard("lora")
+    return ", ".join(sorted(names))
+
+
 def _broken(name: str, found: Collected) -> dict[str, str]:
     if not found.modules and not found.incomplete:
         return {"refusal": f"{name} holds no adapter layers that are known here.", "hint": CONVERT_PLAIN}
     odd = found.strange or found.incomplete
-    what = "tensors that are no part of a plain LoRA" if found.strange else "layers with only one of down and up"
+    what = "tensors that are no part of an adapter" if found.strange else "layers that lack some of their tensors"
     return {"refusal": f"{name} holds {len(odd)} {what}: {_first(odd)}.", "hint": CONVERT_PLAIN}
 
 
@@ -221,8 +243,7 @@ def _judge(
     if seen.not_finite:
         text = f"{name} holds NaN or infinity, first in {seen.not_finite}."
         return replace(report, refusal=text, hint="Its training failed; use another file or an earlier checkpoint.")
-    dead = (names.up in seen.zeros or names.down in seen.zeros or not values[p] for p, names in found.layers.items())
-    if found.layers and all(dead):
+    if found.layers and all(_dead(names, values.get(path), seen.zeros) for path, names in found.layers.items()):
         warnings.append("This adapter does nothing: every layer's change is zero.")
     if index is None and report.misfits and report.family:
         made = f"Made for {report.base}: " if report.base else ""
@@ -249,6 +270,14 @@ def _judge(
         some = f"{len(report.unmatched)} of {report.modules} layers are not in {_title(report)}"
         report = replace(report, warnings=(*report.warnings, f"{some}: {_first(report.unmatched)}."))
     return report
+
+
+def _dead(names: LayerNames, alpha: float | None, zeros: frozenset[str]) -> bool:
+    """Whether a layer's change is zero, as far as zero tensors tell."""
+    if magnitude_of(names.parts):
+        return False
+    zero = [name in zeros for part, name in names.own.items() if part != "on_input"]
+    return (any(zero) or alpha == 0) if names.kind.product else all(zero)
 
 
 def misfit_sentence(report: Report) -> str:
@@ -325,7 +354,8 @@ def _score(header: Header, index: ModuleIndex) -> tuple[int, int]:
 
 def _is_sd2(header: Header, found: Collected) -> bool:
     cross = [names for path, names in found.layers.items() if path.endswith(("attn2.to_k", "attn2.to_v"))]
-    return bool(cross) and all(shape_of(header, names.down)[1:2] == (SD2_WIDTH,) for names in cross)
+    down = [shapes["down"] for names in cross if "down" in (shapes := names.shapes(header))]
+    return bool(down) and all(shape[1:2] == (SD2_WIDTH,) for shape in down)
 
 
 def find_halves(family: str, found: Collected) -> tuple[Role, ...]:
@@ -376,5 +406,5 @@ def _clean(text: str, limit: int) -> str:
 def half_tensors(header: Header, role: Role) -> list[str]:
     """Name the tensors of an SDXL adapter that make up its content or style half."""
     found = collect(header, reference("sdxl"))
-    parts = [names for path, names in found.layers.items() if path.startswith(HALVES[role])]
-    return [name for names in parts for name in (names.down, names.up, names.alpha) if name]
+    parts = [names.parts for path, names in found.layers.items() if path.startswith(HALVES[role])]
+    return [name for names in parts for name in names.values()]

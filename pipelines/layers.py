@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, cast
 
+from . import dora
 from .architectures import ModuleIndex, Shape, canonical
 from .dialects import split_key
+from .dora import magnitude_of
 from .errors import AdapterError
 from .headers import Header
+from .kind import MAGNITUDES, Kind, kind_of
 
 PEFT_KEY = "lora_adapter_metadata"
 MAX_RANK = 65_536
@@ -19,11 +22,32 @@ MAX_RANK = 65_536
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Which tensors of the file make up one layer."""
+    """Which tensors of the file make up one layer.
 
-    down: str
-    up: str
-    alpha: str | None
+    Args:
+        kind: Of the layer.
+        parts: Part, as its kind calls it, to tensor name; alpha and a magnitude are among them.
+    """
+
+    kind: Kind
+    parts: Mapping[str, str]
+
+    @property
+    def alpha(self) -> str | None:
+        return self.parts.get("alpha")
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The parts of the kind itself."""
+        return {part: name for part, name in self.parts.items() if part not in (*MAGNITUDES, "alpha")}
+
+    def shapes(self, header: Header) -> dict[str, Shape]:
+        """Shapes of all parts."""
+        return {part: header.tensors[name].shape for part, name in self.parts.items()}
+
+    def rank(self, header: Header) -> int:
+        """Rank of the factors, 0 where there is none."""
+        return self.kind.rank(self.shapes(header))
 
 
 @dataclass(frozen=True)
@@ -33,8 +57,8 @@ class Collected:
     Args:
         layers: Those whose module exists in the model (or that a file names plainly, see `collect`).
         unmatched: Spellings, as in the file, of modules the model does not have.
-        strange: Tensor names that end like no plain LoRA tensor.
-        incomplete: Modules with only one of down and up.
+        strange: Tensor names that end like no adapter tensor.
+        incomplete: Modules whose tensors make up no layer of any kind.
         styles: The dialects that occur.
     """
 
@@ -64,7 +88,7 @@ def collect(header: Header, index: ModuleIndex, plain: bool = False) -> Collecte
     found = Collected()
     groups: dict[tuple[tuple[str, ...], str], dict[str, str]] = {}
     for name in header.tensors:
-        key = split_key(name)
+        key = split_key(name, header.tensors)
         if key is None:
             found.strange.append(name)
             continue
@@ -72,7 +96,8 @@ def collect(header: Header, index: ModuleIndex, plain: bool = False) -> Collecte
             found.styles.add(key.style)
         groups.setdefault((key.components, key.module), {})[key.part] = name
     for (components, module), parts in groups.items():
-        if "down" not in parts or "up" not in parts:
+        kind = kind_of(frozenset(parts))
+        if kind is None:
             found.incomplete.append(module)
             continue
         path = find_module(index, components, module) or (plain_path(components, module) if plain else None)
@@ -81,7 +106,7 @@ def collect(header: Header, index: ModuleIndex, plain: bool = False) -> Collecte
         elif path in found.layers:
             raise AdapterError(f"{header.path.name} holds the layer {path} twice, in two spellings.")
         else:
-            found.layers[path] = LayerNames(parts["down"], parts["up"], parts.get("alpha"))
+            found.layers[path] = LayerNames(kind, parts)
     return found
 
 
@@ -95,39 +120,19 @@ def plain_path(components: tuple[str, ...], module: str) -> str | None:
     return canonical(f"{components[0]}.{module}") if len(components) == 1 and "." in module else None
 
 
-def flat(shape: Shape) -> Shape:
-    """A 1x1 convolution is a linear layer: leave the two ones out."""
-    return shape[:2] if len(shape) == 4 and shape[2:] == (1, 1) else shape
-
-
-def shape_of(header: Header, name: str) -> Shape:
-    return header.tensors[name].shape
-
-
 def misfit(header: Header, path: str, names: LayerNames, target: Shape | None) -> str | None:
-    """Say in words why a layer's factors do not fit together or onto their module, or give None.
+    """Say in words why a layer's tensors do not fit together or onto their module, or give None.
 
     Args:
-        target: The module's weight shape, `(out, in)` or `(out, in, kernel, kernel)`; None checks the pair only.
+        target: The module's weight shape; None checks the tensors against each other only.
     """
-    down, up = flat(shape_of(header, names.down)), flat(shape_of(header, names.up))
-    if len(down) not in (2, 4) or len(up) != 2 or 0 in down + up:
-        return f"{path}: down {_show(down)} and up {_show(up)} are no low-rank factors"
-    rank = down[0]
-    if up[1] != rank:
-        return f"{path}: down has rank {rank}, up has rank {up[1]}"
-    if target is None:
-        return None
-    wanted_down, wanted_up = flat(target)[1:], target[0]
-    if down[1:] != wanted_down:
-        return f"{path}: down expected {_show(('r', *wanted_down))} but has {_show(('r', *down[1:]))}"
-    if up[0] != wanted_up:
-        return f"{path}: up expected {_show((wanted_up, 'r'))} but has {_show((up[0], 'r'))}"
-    return None
-
-
-def _show(shape: tuple[int | str, ...]) -> str:
-    return "(" + ", ".join(str(size) for size in shape) + ")"
+    shapes = names.shapes(header)
+    own = {part: shapes[part] for part in names.own}
+    wrong = names.kind.fit(own, target)
+    part = magnitude_of(shapes)
+    if wrong is None and part is not None:
+        wrong = dora.misfit(part, shapes[part], target)
+    return f"{path}: {wrong}" if wrong else None
 
 
 def misfits(header: Header, found: Collected, index: ModuleIndex) -> list[str]:
@@ -211,7 +216,7 @@ def _by_pattern(pattern: Mapping[str, float], path: str, default: float) -> floa
 
 
 def alphas(header: Header, found: Collected) -> tuple[dict[str, float], list[str]]:
-    """Give every layer's alpha: its own tensor first, then the PEFT configuration, else its rank.
+    """Give the alpha of every layer that has a rank: its own tensor first, then the PEFT configuration, else its rank.
 
     Raises:
         AdapterError: An alpha tensor is not one finite number.
@@ -220,7 +225,9 @@ def alphas(header: Header, found: Collected) -> tuple[dict[str, float], list[str
     result: dict[str, float] = {}
     disagree: list[str] = []
     for path, names in found.layers.items():
-        rank = shape_of(header, names.down)[0]
+        rank = names.rank(header)
+        if not rank:
+            continue
         result[path] = float(rank)
         scale = scales.get(path.split(".", 1)[0])
         if names.alpha:
@@ -240,7 +247,7 @@ def alphas(header: Header, found: Collected) -> tuple[dict[str, float], list[str
 
 
 def _alpha_value(header: Header, name: str) -> float:
-    value = header.values(name).reshape(-1) if math.prod(shape_of(header, name)) == 1 else [math.nan]
+    value = header.values(name).reshape(-1) if math.prod(header.tensors[name].shape) == 1 else [math.nan]
     if not math.isfinite(value[0]):
         raise AdapterError(f"{header.path.name}: {name} is not one finite number.", "Get it from another source.")
     return float(value[0])

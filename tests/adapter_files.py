@@ -9,12 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from intarsia.pipelines.architectures import reference
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 Arrays = dict[str, NDArray[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
 Spelling = Callable[[str], tuple[str, str, str]]
+
+
+def matrices(family: str) -> dict[str, tuple[int, ...]]:
+    """The layers of a family that a LoRA can sit on: linear ones and convolutions."""
+    return {path: shape for path, shape in reference(family).shapes.items() if len(shape) > 1}
 
 
 def write(path: Path, tensors: Arrays, metadata: dict[str, str] | None = None) -> Path:

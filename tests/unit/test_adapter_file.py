@@ -10,17 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_files import attention, kohya, lora, peft, write
+from adapter_files import attention, kohya, lora, matrices, peft, write
 from intarsia.pipelines import atomic
 from intarsia.pipelines.adapter_file import card, half, read_adapter, write_adapter
 from intarsia.pipelines.adapter_types import LowRank
-from intarsia.pipelines.architectures import reference
 from intarsia.pipelines.errors import AdapterError, MemoryLimitError
 from intarsia.pipelines.headers import hashes, read_header
 from intarsia.pipelines.identify import inspect
 
-SD15 = reference("sd15").shapes
-SDXL = reference("sdxl").shapes
+SD15 = matrices("sd15")
+SDXL = matrices("sdxl")
 SOME = dict(list(attention(SD15).items())[::9])
 PEFT_KEY = "lora_adapter_metadata"
 
@@ -168,8 +167,8 @@ def test_patterns_are_not_used_as_regular_expressions(tmp_path: Path) -> None:
 
 
 def test_refused_files_raise_with_their_name(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.safetensors", {"lora_unet_x.lokr_w1": np.ones((2, 2), np.float32)})
-    with pytest.raises(AdapterError, match="LoKr"):
+    path = write(tmp_path / "a.safetensors", {"lora_unet_x.oft_blocks": np.ones((2, 2), np.float32)})
+    with pytest.raises(AdapterError, match="OFT"):
         read_adapter(path)
 
 

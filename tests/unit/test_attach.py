@@ -193,7 +193,7 @@ def test_an_error_of_one_adapter_leaves_the_model_untouched() -> None:
         ("unet.linear", (3, 6), (9, 3), "up expected (10, 3) but has (9, 3)"),
         ("unet.linear", (3, 6), (10, 2), "up expected (10, 3)"),
         ("unet.inner.0", (3, 4), (8, 3), "down expected (r, 4, 3, 3) but has (r, 4)"),
-        ("unet.norm", (3, 6), (6, 3), "is a LayerNorm"),
+        ("unet.norm", (3, 6), (6, 3), "a LayerNorm cannot take a LoRA"),
         ("vae.linear", (3, 6), (10, 3), "no module vae.linear"),
     ],
 )

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from adapter_files import matrices
 from intarsia.pipelines.architectures import ModuleIndex, build_reference, reference, sgm_spelling
 from intarsia.pipelines.dialects import ALGORITHMS, FAMILIES, MODELS, claimed_family, recognise, split_key
 
@@ -20,7 +21,7 @@ def test_the_layer_list_is_that_of_the_real_sdxl() -> None:
 
 
 def test_known_counts_of_layers() -> None:
-    xl = reference("sdxl").shapes
+    xl = matrices("sdxl")
     attentions = [path for path in xl if path.startswith("unet.") and ".attentions." in path]
     assert len(attentions) == 722  # what a kohya SDXL LoRA of the UNet holds
     linears = [path for path in attentions if path.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))]
@@ -42,7 +43,7 @@ def test_sgm_names_are_those_diffusers_converts_back() -> None:
         _maybe_map_sgm_blocks_to_diffusers as convert,  # pyright: ignore[reportPrivateUsage]
     )
 
-    paths = [p.removeprefix("unet.") for p in reference("sdxl").shapes if ".attentions." in p and p.startswith("unet.")]
+    paths = [p.removeprefix("unet.") for p in matrices("sdxl") if ".attentions." in p and p.startswith("unet.")]
     spelled = {f"lora_unet_{sgm_spelling(path, 2, paths)}.alpha": path for path in paths}
     assert len(spelled) == 722
     config: Any = SimpleNamespace(layers_per_block=2)
@@ -104,8 +105,14 @@ def test_names_are_taken_apart(name: str, components: tuple[str, ...], module: s
     assert (key.components, key.module, key.part) == (components, module, part)
 
 
+def test_a_plain_weight_is_of_ia3_only_beside_its_mark() -> None:
+    names = ["lora_unet_conv_in.weight", "lora_unet_conv_in.on_input", "lora_unet_conv_out.weight"]
+    parts = [key.part if (key := split_key(name, names)) else None for name in names]
+    assert parts == ["ia3", "on_input", None]
+
+
 def test_other_tensors_are_not_taken_apart() -> None:
-    for name in ("unet.conv_in.weight", "a.lora_mid.weight", "a.hada_w1_a", "a.diff"):
+    for name in ("unet.conv_in.weight", "a.oft_blocks", "a.hada", "diff"):
         assert split_key(name) is None
 
 

@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapter_files import Arrays, attention, kohya, lora, peft, write
+from adapter_files import Arrays, attention, kohya, lora, matrices, peft, write
 from intarsia.app import shelf as shelf_module
 from intarsia.app.settings import Home
 from intarsia.app.shelf import Shelf, make_slug
 from intarsia.app.studio import Studio
-from intarsia.pipelines.architectures import reference
 from intarsia.pipelines.errors import AdapterError, InputError, MemoryLimitError
 from PIL import Image
 
-SD15 = reference("sd15").shapes
+SD15 = matrices("sd15")
 SOME = dict(list(attention(SD15).items())[::20])
-B_LORA = attention({p: s for p, s in reference("sdxl").shapes.items() if ".up_blocks.0.attentions." in p})
+B_LORA = attention({p: s for p, s in matrices("sdxl").items() if ".up_blocks.0.attentions." in p})
 
 
 def make(path: Path, seed: int = 0, metadata: dict[str, str] | None = None, tensors: Arrays | None = None) -> Path:
@@ -86,8 +85,8 @@ def test_a_taken_name_is_an_error_a_replacement_or_a_number(home: Home, tmp_path
 
 
 def test_refused_files_leave_nothing_behind(home: Home, tmp_path: Path) -> None:
-    tensors = {"lora_unet_x.lokr_w1": np.ones((2, 2), np.float32)}
-    with pytest.raises(AdapterError, match="LoKr"):
+    tensors = {"lora_unet_x.oft_blocks": np.ones((2, 2), np.float32)}
+    with pytest.raises(AdapterError, match="OFT"):
         Shelf(home).add(make(tmp_path / "a.safetensors", tensors=tensors))
     assert Shelf(home).entries() == []
     assert files(home) == []
@@ -233,8 +232,8 @@ def test_impossible_names_are_refused(text: str) -> None:
 
 def test_inspect_reports_unusable_files_too(home: Home, tmp_path: Path) -> None:
     shelf = Shelf(home)
-    bad = make(tmp_path / "a.safetensors", tensors={"lora_unet_x.hada_w1_a": np.ones((2, 2), np.float32)})
-    assert shelf.inspect(bad).algorithm == "loha"
+    bad = make(tmp_path / "a.safetensors", tensors={"lora_unet_x.oft_blocks": np.ones((2, 2), np.float32)})
+    assert shelf.inspect(bad).algorithm == "oft"
     shelf.add(make(tmp_path / "b.safetensors"))
     assert shelf.inspect("b").matched == len(SOME)
 

@@ -1,0 +1,1 @@
+"""One file for each kind of change a layer of an adapter file can hold; each defines `KIND`."""
