@@ -89,9 +89,17 @@ class StyleNetwork(nn.Module):
         )
 
     def forward(self, pictures: Tensor) -> Tensor:
+        return self.embed(self.measure(pictures))
+
+    def measure(self, pictures: Tensor) -> Tensor:
+        """Mean and spread of every channel: `(batch, 2 * sum of the widths)`."""
         low = self.low(pictures)  # (batch, low, height / 2, width / 2)
         middle = self.middle(low)
-        return F.normalize(self.to_style(moments(low, middle, self.high(middle))), dim=1)
+        return moments(low, middle, self.high(middle))
+
+    def embed(self, measured: Tensor) -> Tensor:
+        """Unit rows `(batch, 32)` from what was measured."""
+        return F.normalize(self.to_style(measured), dim=1)
 
 
 def moments(*levels: Tensor) -> Tensor:

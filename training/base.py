@@ -28,6 +28,7 @@ from torch import Tensor
 from ..pipelines.atomic import replacing
 from . import mini as shape
 from .autoencoder import AutoencoderOptions, fit_encoder, psnr, train_decoder
+from .binding import Binding, boxes_of, named_tokens
 from .corpus import Captioned
 from .scenes import COLOURS, Bank, Planner, named, read_folder
 from .splits import check_training_rows
@@ -47,7 +48,7 @@ class Phase:
 
 
 class LatentPool:
-    """Pictures drawn from plans and encoded once: latents, token ids."""
+    """Pictures drawn from plans and encoded once: latents, token ids, and of scenes which tokens name what where."""
 
     def __init__(self, bank: Bank, planner: Planner, parts: shape.Mini, count: int, seed: int) -> None:
         rng, device = np.random.default_rng(seed), bank.pixels.device
@@ -56,7 +57,9 @@ class LatentPool:
         order = [int(i) for _ in range(rounds) for i in rng.permutation(len(planner.rows))]
         plans = planner.plain(order[:wanted], rng)
         plans += planner.draw(count - len(plans), rng)
-        self.ids = shape.tokenize(parts.tokenizer, [p.caption for p in plans]).to(device)
+        self.ids, offsets = shape.tokenize(parts.tokenizer, [p.caption for p in plans])
+        self.named, self.boxes = named_tokens(plans, offsets).to(device), boxes_of(plans).to(device)
+        self.ids = self.ids.to(device)
         made: list[Tensor] = []
         encode, at_once = patch_encoder(parts.vae), 128 if device.type == "cuda" else 8  # a CPU wants them in its cache
         with torch.no_grad():
@@ -73,6 +76,7 @@ class Trainer:
         phases: What to do, in order.
         learning_rate: Warmed up over at most 500 steps, held, and at the end brought down evenly to a fiftieth.
         cooldown: Share of all steps in which it comes down. What was trained so can be trained on: ask for more steps.
+        binding: Weight of the second loss, by which names are looked at from where their object lies (binding.py).
         seed: Of everything random.
         work: Folder of the checkpoint.
     """
@@ -85,8 +89,9 @@ class Trainer:
         seed: int,
         work: Path,
         cooldown: float = 0.2,
+        binding: float = 0.05,
     ) -> None:
-        self.cooldown = cooldown
+        self.cooldown, self.weight = cooldown, binding
         self.parts, self.phases, self.seed, self.work = parts, tuple(phases), seed, work
         self.device = next(parts.unet.parameters()).device
         self.gpu = self.device.type == "cuda"
@@ -101,11 +106,10 @@ class Trainer:
         alphas = zero_terminal_alphas()
         self.importance = importance(parts.vae).to(self.device)
         self.signal, self.noise = alphas.sqrt().to(self.device), (1 - alphas).sqrt().to(self.device)
-        self.predict = torch.compile(parts.unet) if self.gpu else parts.unet
-        if (
-            not self.gpu
-        ):  # on a CPU the fused attention's backward takes a third of the step; as plain products it is quick
+        self.predict = torch.compile(parts.unet) if self.gpu and not binding else parts.unet
+        if binding or not self.gpu:  # on a CPU the backward of fused attention takes a third of the step
             parts.unet.set_attn_processor(AttnProcessor())
+        self.binding = Binding(parts.unet)
 
     @property
     def total(self) -> int:
@@ -125,16 +129,17 @@ class Trainer:
                 pool = LatentPool(bank_of[phase.size], planner, self.parts, phase.pool, hash_seed(self.seed, since))
                 pool_key = key
             assert pool is not None
-            loss = self._train_step(pool, phase)
+            with self.binding.watched():
+                losses = self._train_step(pool, phase)
             self.step += 1
             if self.step % 25 == 0:
                 rate = (self.step - first) / (time.monotonic() - begun)
                 LOG.info(
-                    "step %d of %d, %d px: loss %.4f, %.1f steps/s",
+                    "step %d of %d, %d px: loss %.4f, binding %.4f, %.1f steps/s",
                     self.step,
                     self.total,
                     phase.size,
-                    float(loss),
+                    *losses.tolist(),
                     rate,
                 )
             if self.step % 250 == 0 and not self.gpu:
@@ -175,16 +180,19 @@ class Trainer:
             noisy = noisy.contiguous(memory_format=torch.channels_last if self.gpu else torch.contiguous_format)
             made = self.predict(noisy, timesteps, states, added_cond_kwargs=conditions, return_dict=False)[0]
         loss = (self.importance * (made.float() - target).square()).mean()
+        bound = torch.zeros(())
+        if self.weight:
+            bound = self.binding.loss(pool.named[chosen] & ~dropped[:, None, None], pool.boxes[chosen])
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * self._pace()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + self.weight * bound).backward()
         torch.nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0)
         self.optimizer.step()
         decay = min(0.999, (1 + self.step) / (10 + self.step))
         for key, value in self.weights.items():
             self.average[key].lerp_(value.detach(), 1 - decay)
-        return loss.detach()
+        return torch.stack([loss.detach(), bound.detach()])
 
     def _pace(self) -> float:
         warm = min(1.0, (self.step + 1) / min(500, self.total / 20 + 1))
@@ -303,7 +311,7 @@ def main() -> None:
         Phase(128, given.small_steps, given.small_batch, given.pool, given.refresh),
         Phase(256, given.steps, given.batch, given.pool, given.refresh),
     )
-    trainer = Trainer(parts, phases, given.learning_rate, given.seed, given.work, given.cooldown)
+    trainer = Trainer(parts, phases, given.learning_rate, given.seed, given.work, given.cooldown, given.binding)
     trainer.load()
     banks = {size: bank}
     if trainer.step < given.small_steps and 128 not in banks:
@@ -383,6 +391,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--refresh", type=int, default=8000, help="steps after which the pool is drawn anew")
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--cooldown", type=float, default=0.2, help="share of all steps in which the rate comes down")
+    parser.add_argument("--binding", type=float, default=0.05, help="weight of the loss that binds names to places")
     return parser
 
 

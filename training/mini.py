@@ -205,8 +205,14 @@ def size_conditioning(count: int, size: int, device: torch.device) -> Tensor:
     return torch.tensor([[size, size, 0, 0, size, size]], device=device, dtype=torch.float32).expand(count, -1)
 
 
-def tokenize(tokenizer: Part, captions: Sequence[str]) -> Tensor:
-    """Token ids `(batch, 40)`, padded with the end token as SDXL's pipelines do."""
-    return tokenizer(
-        list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-    ).input_ids
+def tokenize(tokenizer: Part, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Tokenize as SDXL's pipelines do, padded with the end token.
+
+    Returns:
+        Ids `(batch, 40)`, and the first and last character of each token `(batch, 40, 2)`.
+    """
+    made = tokenizer(
+        list(captions), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt",
+        return_offsets_mapping=True,
+    )  # fmt: skip
+    return made.input_ids, made.offset_mapping

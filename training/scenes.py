@@ -48,12 +48,16 @@ class Placed:
 
 @dataclass(frozen=True)
 class Plan:
-    """One picture to draw: objects back to front, background from top to bottom colour (0..1), and its caption."""
+    """One picture to draw: objects back to front, background from top to bottom colour (0..1), and its caption.
+
+    In a scene, `spans` says which characters of the caption name each object.
+    """
 
     objects: tuple[Placed, ...]
     top: tuple[float, ...]
     bottom: tuple[float, ...]
     caption: str
+    spans: tuple[tuple[int, int], ...] = ()
 
 
 def read_folder(folder: Path) -> list[Captioned]:
@@ -123,28 +127,27 @@ class Planner:
         pool = self.by_style.get(style) or [index]
         count = 2 if rng.random() < 0.9 else 3
         members = [index, *(int(pool[i]) for i in rng.integers(len(pool), size=count - 1))]
-        top, bottom, words = _background(rng)
+        top, bottom, background = _background(rng)
         names = [named(self.rows[i].content) for i in members]
         size = 0.5 if count == 2 else 0.36
         vertical = count == 2 and rng.random() < 0.3
         placed: list[Placed] = []
-        for order, member in enumerate(members):
-            along = (order + 0.5) / count + float(rng.uniform(-0.03, 0.03))
+        for number, member in enumerate(members):
+            along = (number + 0.5) / count + float(rng.uniform(-0.03, 0.03))
             across = 0.5 + float(rng.uniform(-0.12, 0.12))
             s = size * float(rng.uniform(0.85, 1.0))
             placed.append(Placed(member, across, along, s) if vertical else Placed(member, along, across, s))
         if count == 3:
-            text = f"{names[0]}, {names[1]} and {names[2]}"
+            order, words = (0, 1, 2), "{}, {} and {}"
         else:
             relation = ("above" if vertical else "left of", "below" if vertical else "right of")
             form = rng.random()
-            if form < 0.4:
-                text = f"{names[0]} {relation[0]} {names[1]}"
-            elif form < 0.7:
-                text = f"{names[1]} {relation[1]} {names[0]}"
-            else:
-                text = f"{names[0]} {'and' if form < 0.85 else 'next to'} {names[1]}"
-        return Plan(tuple(placed), top, bottom, f"{text}{words}{_styled(style)}")
+            order = (1, 0) if 0.4 <= form < 0.7 else (0, 1)
+            word = relation[0] if form < 0.4 else relation[1] if form < 0.7 else "and" if form < 0.85 else "next to"
+            words = f"{{}} {word} {{}}"
+        text, spans = _written(words, [names[i] for i in order])
+        where = tuple(spans[order.index(i)] for i in range(count))
+        return Plan(tuple(placed), top, bottom, f"{text}{background}{_styled(style)}", where)
 
     def _caption(self, index: int, where: str, rng: np.random.Generator) -> str:
         row, form = self.rows[index], rng.random()
@@ -161,6 +164,16 @@ class Planner:
         if form < 0.95 and row.style:
             return f"{row.style} style{where}"
         return f"{row.content}{style}" if form < 0.97 else ""
+
+
+def _written(words: str, names: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+    """Fill names into words with `{}` for each, and say where each stands."""
+    text, spans = "", list[tuple[int, int]]()
+    for before, name in zip(words.split("{}"), (*names, ""), strict=True):
+        text += before
+        spans.append((len(text), len(text) + len(name)))
+        text += name
+    return text, spans[:-1]
 
 
 def _styled(style: str) -> str:
