@@ -22,6 +22,7 @@ from .errors import AdapterError
 from .headers import Header, read_header
 from .identify import HALVES, Report, inspect, yardstick
 from .layers import PEFT_KEY, LayerNames, alphas, collect
+from .rows import of_rows
 
 if TYPE_CHECKING:
     import torch
@@ -53,9 +54,7 @@ def read_adapter(path: Path, shapes: Mapping[str, Shape] | None = None) -> Adapt
             "Read it together with the model it was made for.",
         )
     scales, _ = alphas(header, found)
-    layers = {
-        name: _layer(header, names, scales.get(name), index.shapes.get(name)) for name, names in found.layers.items()
-    }
+    layers = {name: _layer(header, names, scales.get(name)) for name, names in found.layers.items()}
     return _adapter(report, layers)
 
 
@@ -71,16 +70,16 @@ def _adapter(report: Report, layers: Mapping[str, Layer]) -> AdapterFile:
     )
 
 
-def _layer(header: Header, names: LayerNames, alpha: float | None, target: Shape | None) -> Layer:
+def _layer(header: Header, names: LayerNames, alpha: float | None) -> Layer:
     import torch
 
+    target = names.piece.whole or None
     values = {part: torch.from_numpy(header.values(name)).float() for part, name in names.parts.items()}
-    own = {part: values[part] for part in names.own}
-    layer = names.kind.read(own, alpha, target)
+    layer = names.kind.read({part: values[part] for part in names.own}, alpha, target)
     part = magnitude_of(names.shapes(header))
-    if part is None:
-        return layer
-    return Decomposed(layer, values[part].flatten(), per_output(part, tuple(values[part].shape), target))
+    if part is not None:
+        layer = Decomposed(layer, values[part].flatten(), per_output(part, tuple(values[part].shape), target))
+    return of_rows(layer, names.piece.rows, names.piece.whole) if names.piece.rows else layer
 
 
 def half(adapter: AdapterFile, role: Role) -> AdapterFile:

@@ -1,4 +1,4 @@
-"""The modules an adapter can sit on: lists of the real SD1.5 and SDXL, and look-up by any spelling of their names.
+"""The modules an adapter can sit on: lists of the published models, and look-up by any spelling of their names.
 
 The lists (assets/architectures) hold every linear, convolution and norm layer with the shape of its weight. They let a
 file be identified without a model; with a model at hand, `ModuleIndex` is built from the model's own shapes instead.
@@ -13,7 +13,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-Shape = tuple[int, ...]
+from .transformer_names import Piece, Shape
+from .transformer_names import spellings as spellings_of_transformer
+
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 # One spelling of other trainers for what stands here on the left, inside a resnet block (Stability's original names).
@@ -58,7 +60,12 @@ class ModuleIndex:
             component, inner = path.split(".", 1)
             spellings = self._spellings.setdefault(component, {})
             spellings[inner.replace(".", "_")] = path
+        inner = {path.removeprefix("transformer."): shape for path, shape in self.shapes.items()}
+        named = spellings_of_transformer(self.family, inner) if "transformer" in self._spellings else ()
+        self._fused = {spelling.replace(".", "_"): pieces for spelling, pieces in named}
         for component, spellings in self._spellings.items():
+            if component == "transformer":
+                continue
             more = _text_spellings if component in TEXT_ENCODERS else _unet_spellings
             for spelling, path in more(spellings):
                 spellings.setdefault(spelling, path)
@@ -67,7 +74,8 @@ class ModuleIndex:
     def family(self) -> str:
         """Key of FAMILIES these layers belong to, "" if it cannot be told."""
         if "transformer" in self._spellings:
-            return "flux1" if any(".single_transformer_blocks." in path for path in self.shapes) else "sd3"
+            starts = {path.split(".")[1] for path in self.shapes if path.startswith("transformer.")}
+            return "flux1" if "single_transformer_blocks" in starts else "wan" if "blocks" in starts else "sd3"
         if "unet" not in self._spellings:
             return ""
         large = "text_encoder_2" in self._spellings or "unet.add_embedding.linear_1" in self.shapes
@@ -77,11 +85,19 @@ class ModuleIndex:
         """Give the canonical path for a spelling (dots or underscores), or None."""
         return self._spellings.get(component, {}).get(spelling.replace(".", "_"))
 
+    def pieces(self, component: str, spelling: str) -> tuple[Piece, ...]:
+        """Give the layers a spelling stands for: mostly one, several where the file's layer is a fused one."""
+        path = self.find(component, spelling)
+        if path is not None:
+            return (Piece(path, (), self.shapes[path]),)
+        return self._fused.get(spelling.replace(".", "_"), ()) if component == "transformer" else ()
+
 
 def canonical(path: str) -> str:
     """Text encoders always carry `text_model.`, which transformers 5 leaves out of some saved models."""
     component, _, inner = path.partition(".")
-    if component in TEXT_ENCODERS and not inner.startswith(("text_model.", "text_projection")):
+    t5 = inner.startswith(("encoder.block.", "shared", "encoder.final_layer_norm", "encoder.embed_tokens"))
+    if component in TEXT_ENCODERS and not t5 and not inner.startswith(("text_model.", "text_projection")):
         return f"{component}.text_model.{inner}"
     return path
 
@@ -148,7 +164,7 @@ def _sgm_inside(kind: str, parts: list[str]) -> str:
 
 @cache
 def reference(family: str) -> ModuleIndex:
-    """The real SD1.5 ("sd15") or SDXL ("sdxl")."""
+    """The layers of a published model: a key of UNETS or TRANSFORMERS."""
     text = files("intarsia.assets").joinpath(f"architectures/{family}.json").read_text("utf-8")
     return ModuleIndex({path: tuple(shape) for path, shape in json.loads(text).items()})
 
@@ -182,23 +198,60 @@ CLIP_G: dict[str, Any] = {
     "num_attention_heads": 20,
     "projection_dim": 1280,
 }
+T5: dict[str, Any] = {
+    "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+# file in assets/architectures -> class in diffusers and its arguments, where they are not the class's own
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "flux1": ("FluxTransformer2DModel", {"guidance_embeds": True}),
+    "sd3": (  # 3.5 medium, whose layers are those of 3 medium and a second attention in the first 13 blocks
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048, "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+    ),
+    "sd35-large": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+            "pooled_projection_dim": 2048, "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+        },
+    ),
+    "wan-1.3b": ("WanTransformer3DModel", {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+    "wan-14b": ("WanTransformer3DModel", {"in_channels": 36, "added_kv_proj_dim": 5120, "image_dim": 1280}),
+}  # fmt: skip
 TEXTS: dict[str, dict[str, tuple[dict[str, Any], bool]]] = {
     "sd15": {"text_encoder": (CLIP_L, False)},
     "sdxl": {"text_encoder": (CLIP_L, False), "text_encoder_2": (CLIP_G, True)},
+    "flux1": {"text_encoder": (CLIP_L, False), "text_encoder_2": (T5, False)},
+    "sd3": {"text_encoder": (CLIP_L, True), "text_encoder_2": (CLIP_G, True), "text_encoder_3": (T5, False)},
+    "sd35-large": {"text_encoder": (CLIP_L, True), "text_encoder_2": (CLIP_G, True), "text_encoder_3": (T5, False)},
 }
 
 
 def build_reference(family: str) -> dict[str, Shape]:
     """Build a family's layer list from the published configurations, without any weights (torch's meta device)."""
+    import diffusers
     import torch
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+    import transformers
 
     with torch.device("meta"):
-        modules: dict[str, torch.nn.Module] = {"unet": UNet2DConditionModel(**UNET_SHARED, **UNETS[family])}
-        for name, (values, projected) in TEXTS[family].items():
-            config = CLIPTextConfig(**values)
-            modules[name] = CLIPTextModelWithProjection(config) if projected else CLIPTextModel(config)
+        modules: dict[str, torch.nn.Module] = {}
+        if family in UNETS:
+            modules["unet"] = diffusers.UNet2DConditionModel(**UNET_SHARED, **UNETS[family])
+        else:
+            kind, values = TRANSFORMERS[family]
+            modules["transformer"] = getattr(diffusers, kind)(**values)
+        for name, (values, projected) in TEXTS.get(family, {}).items():
+            if values is T5:
+                modules[name] = transformers.T5EncoderModel(transformers.T5Config(**values))
+                continue
+            config = transformers.CLIPTextConfig(**values)
+            kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
+            modules[name] = kind(config)
     shapes = {
         f"{component}.{name}": tuple(parameter.shape)
         for component, module in modules.items()
@@ -209,7 +262,7 @@ def build_reference(family: str) -> dict[str, Shape]:
 
 
 def write_references(folder: Path) -> None:
-    """Write `sd15.json` and `sdxl.json`, one layer a line (what assets/architectures holds)."""
-    for family in UNETS:
+    """Write one file for each known architecture, one layer a line (what assets/architectures holds)."""
+    for family in (*UNETS, *TRANSFORMERS):
         lines = [f"{json.dumps(path)}: {json.dumps(shape)}" for path, shape in build_reference(family).items()]
         (folder / f"{family}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")

@@ -28,6 +28,8 @@ SUFFIXES: tuple[tuple[str, str, str], ...] = (
     (".lora.up.weight", "up", "diffusers, old"),
     ("_lora.down.weight", "down", "attention processors"),
     ("_lora.up.weight", "up", "attention processors"),
+    (".down.weight", "down", "XLabs"),
+    (".up.weight", "up", "XLabs"),
     (".lora_mid.weight", "mid", "kohya"),
     (".lora_B.default.bias", "bias", "PEFT"),
     (".lora_B.bias", "bias", "PEFT"),
@@ -44,24 +46,30 @@ SUFFIXES: tuple[tuple[str, str, str], ...] = (
     *((f".{part}", part, "LyCORIS") for part in ("diff", "diff_b", "w_norm", "b_norm", "on_input")),
     (".alpha", "alpha", ""),
 )
+ANYWHERE = ("unet", "transformer", "text_encoder")
 # (prefix, components to look in); the first prefix that fits is taken.
 PREFIXES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("lora_unet_unet_", ("unet",)),  # a broken conversion writes the component twice
-    ("lora_unet_", ("unet",)),
+    ("lora_unet_", ("unet", "transformer")),
+    ("lora_transformer_", ("transformer",)),
     ("unet_unet_", ("unet",)),
     ("lora_te1_", ("text_encoder",)),
     ("lora_te2_", ("text_encoder_2",)),
+    ("lora_te3_", ("text_encoder_3", "text_encoder_2")),  # T5: the third of SD3, the second of FLUX.1
     ("lora_te_", ("text_encoder",)),
     ("unet.base_model.model.", ("unet",)),
     ("unet.unet.", ("unet",)),
     ("unet.", ("unet",)),
+    ("transformer.", ("transformer",)),
+    ("text_encoder_3.", ("text_encoder_3",)),
     ("text_encoder_2.", ("text_encoder_2",)),
     ("text_encoder.", ("text_encoder",)),
     ("base_model.model.unet.", ("unet",)),
-    ("base_model.model.", ("unet", "text_encoder")),
-    ("diffusion_model.", ("unet",)),
-    ("lycoris_", ("unet", "text_encoder")),
-    ("", ("unet", "text_encoder")),  # bare paths
+    ("base_model.model.transformer.", ("transformer",)),
+    ("base_model.model.", ANYWHERE),
+    ("diffusion_model.", ("unet", "transformer")),
+    ("lycoris_", ANYWHERE),
+    ("", ANYWHERE),  # bare paths
 )
 
 
@@ -111,7 +119,7 @@ class Foreign:
 
 
 WHOLE = "Give it as the model (--model FILE, or the Model box), not as an adapter."
-OTHER_MODEL = "Use an adapter made for SD 1.5, SDXL or Mini."
+OTHER_MODEL = "Use an adapter made for SD 1.5, SDXL, SD 3, FLUX.1, Wan or Mini."
 
 # Order matters: the more telling marker first. Searched before plain LoRA is tried.
 ALGORITHMS: tuple[Foreign, ...] = (

@@ -29,11 +29,17 @@ YARDSTICKS: dict[str, tuple[str, str]] = {
     "sd15": ("sd15", "SD 1.5"),
     "sdxl": ("sdxl", "SDXL"),
     "mini": ("sdxl", "Mini"),
+    "flux1": ("flux1", "FLUX.1"),
+    "sd3": ("sd3", "SD 3 medium"),
+    "sd35-large": ("sd3", "SD 3.5 large"),
+    "wan-1.3b": ("wan", "Wan 1.3B"),
+    "wan-14b": ("wan", "Wan 14B"),
 }
+ATTACHED = frozenset(family for family, _ in YARDSTICKS.values())
 # B-LoRA: the SDXL attention blocks that hold content and style (arXiv:2403.14572).
 HALVES: dict[Role, str] = {"content": "unet.up_blocks.0.attentions.0.", "style": "unet.up_blocks.0.attentions.1."}
 SD2_WIDTH = 1024  # of its text encoder; SD 1.x has 768
-CONVERT_PLAIN = "Use a plain LoRA made for SD 1.5, SDXL or Mini."
+CONVERT_PLAIN = "Use an adapter made for SD 1.5, SDXL, SD 3, FLUX.1, Wan or Mini."
 
 
 @dataclass(frozen=True)
@@ -154,7 +160,7 @@ def _foreign(bare: Report, header: Header) -> Report | None:
         known = family.name if family else _named_family(header)
         text = f"{name} is {algorithm.title}{where}; it cannot be used here."
         return replace(bare, family=known, algorithm=algorithm.name, refusal=text, hint=algorithm.hint)
-    if family:
+    if family and family.name not in ATTACHED:
         text = f"{name} is an adapter for {family.title}; it cannot be used here."
         return replace(bare, family=family.name, algorithm=_kinds_named(names), refusal=text, hint=family.hint)
     model: Foreign | None = None if any("lora" in key for key in names) else recognise(names, MODELS)
@@ -186,7 +192,7 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
     found = collect(header, against)
     if found.strange or found.incomplete or not found.modules:
         return replace(bare, family=choice.family, **_broken(bare.path.name, found))
-    wrong = misfits(header, found, against)
+    wrong = misfits(header, found)
     values, warnings = alphas(header, found)
     ranks = Counter(rank for names in found.layers.values() if (rank := names.rank(header)))
     report = replace(
@@ -261,10 +267,10 @@ def _judge(
             report,
             family="sd2",
             refusal=f"{name} is an adapter for Stable Diffusion 2; it cannot be used here.",
-            hint="Use an adapter made for SD 1.5, SDXL or Mini.",
+            hint=CONVERT_PLAIN,
         )
     if not found.layers:
-        text = f"{name}: 0 of {report.modules} layers are known in SD 1.5 or SDXL: {_first(report.unmatched)}."
+        text = f"{name}: 0 of {report.modules} layers are known in any model: {_first(report.unmatched)}."
         return replace(report, family="", refusal=text, hint=CONVERT_PLAIN)
     if report.unmatched:
         some = f"{len(report.unmatched)} of {report.modules} layers are not in {_title(report)}"
@@ -287,11 +293,12 @@ def misfit_sentence(report: Report) -> str:
 
 
 def _made_for(report: Report) -> str:
-    return report.base or (YARDSTICKS[report.family][1] if report.family in YARDSTICKS else "another model")
+    return report.base or (_title(report) if report.family in ATTACHED else "another model")
 
 
 def _title(report: Report) -> str:
-    return YARDSTICKS[report.yardstick or report.family][1]
+    name = report.yardstick or report.family
+    return next(title for key, (family, title) in YARDSTICKS.items() if name in (key, family))
 
 
 def _first(names: tuple[str, ...] | list[str]) -> str:
@@ -323,7 +330,7 @@ def choose_family(header: Header, index: ModuleIndex | None) -> Choice:
     """Tell the family. Shapes decide; where they fit several or none, names; then what the file claims."""
     if index is not None:
         found = collect(header, index)
-        if found.layers and not found.unmatched and not misfits(header, found, index) and index.family:
+        if found.layers and not found.unmatched and not misfits(header, found) and index.family:
             return Choice(index.family, index.family, "certain", f"all {found.modules} layers fit the model")
     claim = claimed_family(dict(header.metadata))
     present = [name for name in YARDSTICKS if name != "mini" or (mini_folder() / "model_index.json").is_file()]
@@ -349,7 +356,7 @@ def choose_family(header: Header, index: ModuleIndex | None) -> Choice:
 
 def _score(header: Header, index: ModuleIndex) -> tuple[int, int]:
     found = collect(header, index)
-    return len(found.layers) - len(misfits(header, found, index)), len(found.layers)
+    return len(found.layers) - len(misfits(header, found)), len(found.layers)
 
 
 def _is_sd2(header: Header, found: Collected) -> bool:

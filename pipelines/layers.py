@@ -15,6 +15,7 @@ from .dora import magnitude_of
 from .errors import AdapterError
 from .headers import Header
 from .kind import MAGNITUDES, Kind, kind_of
+from .transformer_names import Piece
 
 PEFT_KEY = "lora_adapter_metadata"
 MAX_RANK = 65_536
@@ -27,10 +28,12 @@ class LayerNames:
     Args:
         kind: Of the layer.
         parts: Part, as its kind calls it, to tensor name; alpha and a magnitude are among them.
+        piece: The layer of the model, and which rows of the file's it takes.
     """
 
     kind: Kind
     parts: Mapping[str, str]
+    piece: Piece
 
     @property
     def alpha(self) -> str | None:
@@ -100,19 +103,21 @@ def collect(header: Header, index: ModuleIndex, plain: bool = False) -> Collecte
         if kind is None:
             found.incomplete.append(module)
             continue
-        path = find_module(index, components, module) or (plain_path(components, module) if plain else None)
-        if path is None:
+        pieces = find_pieces(index, components, module)
+        if not pieces and plain and (path := plain_path(components, module)):
+            pieces = (Piece(path, (), ()),)
+        if not pieces:
             found.unmatched.append(module)
-        elif path in found.layers:
-            raise AdapterError(f"{header.path.name} holds the layer {path} twice, in two spellings.")
-        else:
-            found.layers[path] = LayerNames(kind, parts)
+        for piece in pieces:
+            if piece.path in found.layers:
+                raise AdapterError(f"{header.path.name} holds the layer {piece.path} twice, in two spellings.")
+            found.layers[piece.path] = LayerNames(kind, parts, piece)
     return found
 
 
-def find_module(index: ModuleIndex, components: tuple[str, ...], module: str) -> str | None:
+def find_pieces(index: ModuleIndex, components: tuple[str, ...], module: str) -> tuple[Piece, ...]:
     """Look a spelling up in each component it may belong to."""
-    return next((path for name in components if (path := index.find(name, module))), None)
+    return next((pieces for name in components if (pieces := index.pieces(name, module))), ())
 
 
 def plain_path(components: tuple[str, ...], module: str) -> str | None:
@@ -120,13 +125,9 @@ def plain_path(components: tuple[str, ...], module: str) -> str | None:
     return canonical(f"{components[0]}.{module}") if len(components) == 1 and "." in module else None
 
 
-def misfit(header: Header, path: str, names: LayerNames, target: Shape | None) -> str | None:
-    """Say in words why a layer's tensors do not fit together or onto their module, or give None.
-
-    Args:
-        target: The module's weight shape; None checks the tensors against each other only.
-    """
-    shapes = names.shapes(header)
+def misfit(header: Header, path: str, names: LayerNames) -> str | None:
+    """Say in words why a layer's tensors do not fit together or onto their module, or give None."""
+    shapes, target = names.shapes(header), names.piece.whole or None
     own = {part: shapes[part] for part in names.own}
     wrong = names.kind.fit(own, target)
     part = magnitude_of(shapes)
@@ -135,9 +136,9 @@ def misfit(header: Header, path: str, names: LayerNames, target: Shape | None) -
     return f"{path}: {wrong}" if wrong else None
 
 
-def misfits(header: Header, found: Collected, index: ModuleIndex) -> list[str]:
+def misfits(header: Header, found: Collected) -> list[str]:
     """List what does not fit, layer by layer, in words."""
-    words = (misfit(header, path, names, index.shapes.get(path)) for path, names in found.layers.items())
+    words = (misfit(header, path, names) for path, names in found.layers.items())
     return [text for text in words if text]
 
 

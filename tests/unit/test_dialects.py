@@ -90,13 +90,13 @@ def test_text_encoders_are_found_with_and_without_text_model() -> None:
 @pytest.mark.parametrize(
     ("name", "components", "module", "part"),
     [
-        ("lora_unet_conv_in.lora_down.weight", ("unet",), "conv_in", "down"),
+        ("lora_unet_conv_in.lora_down.weight", ("unet", "transformer"), "conv_in", "down"),
         ("lora_unet_unet_conv_in.alpha", ("unet",), "conv_in", "alpha"),
         ("unet.a.b.lora_A.default.weight", ("unet",), "a.b", "down"),
         ("unet.a.attn1.processor.to_q_lora.up.weight", ("unet",), "a.attn1.processor.to_q", "up"),
         ("text_encoder_2.x.lora_linear_layer.up.weight", ("text_encoder_2",), "x", "up"),
         ("lora_te2_x.lora_up.weight", ("text_encoder_2",), "x", "up"),
-        ("base_model.model.a.b.lora_B.weight", ("unet", "text_encoder"), "a.b", "up"),
+        ("base_model.model.a.b.lora_B.weight", ("unet", "transformer", "text_encoder"), "a.b", "up"),
     ],
 )
 def test_names_are_taken_apart(name: str, components: tuple[str, ...], module: str, part: str) -> None:

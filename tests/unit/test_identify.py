@@ -181,8 +181,6 @@ TO_Q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"
 DOTTED = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 FLUX = "lora_unet_double_blocks_0_img_attn_qkv"
 REFUSED: list[tuple[str, str, list[str]]] = [
-    ("lokr", "FLUX.1", [FLUX + ".lokr_w1", FLUX + ".lokr_w2"]),
-    ("loha", "FLUX.1", [FLUX + ".hada_w1_a"]),
     ("oft", "OFT", [TO_Q + ".oft_blocks", TO_Q + ".rescale"]),
     ("boft", "BOFT", [DOTTED + ".boft_R", DOTTED + ".boft_s"]),
     ("glora", "GLoRA", [TO_Q + ".a1.weight", TO_Q + ".a2.weight", TO_Q + ".b1.weight", TO_Q + ".b2.weight"]),
@@ -192,19 +190,7 @@ REFUSED: list[tuple[str, str, list[str]]] = [
     ("pivotal", "bundled embeddings", [TO_Q + DOWN, TO_Q + UP, "bundle_emb.cat.clip_l"]),
     ("control-lora", "control-LoRA", ["lora_controlnet", "input_blocks.0.0.weight"]),
     ("lora_diffusion", "lora_diffusion", ["unet:0:up", "unet:0:down", "<s1>"]),
-    ("lora", "FLUX.1", [FLUX + DOWN, FLUX + UP]),
-    ("lora", "FLUX.1", ["double_blocks.0.processor.qkv_lora1.down.weight"]),
     ("", "control adapter", ["double_blocks.0.img_attn.norm.query_norm.scale"]),
-    ("lora", "FLUX.1", ["base_model.model.single_blocks.0.linear1.lora_A.weight"]),
-    ("lora", "FLUX.1", ["diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"]),
-    ("lora", "FLUX.1", ["transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight"]),
-    ("lora", "Stable Diffusion 3", ["lora_unet_joint_blocks_0_x_block_attn_qkv" + DOWN]),
-    ("lora", "Stable Diffusion 3", ["lora_transformer_transformer_blocks_0_attn_add_k_proj" + DOWN]),
-    ("lora", "Stable Diffusion 3", ["diffusion_model.joint_blocks.0.x_block.attn.qkv.lora_A.weight"]),
-    ("lora", "Stable Diffusion 3", ["transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"]),
-    ("lora", "Wan", ["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]),
-    ("lora", "Wan", ["lora_unet_blocks_0_cross_attn_k" + DOWN]),
-    ("lora", "Wan", ["transformer.blocks.0.attn1.to_q.lora_A.weight"]),
     ("lora", "Qwen-Image", ["transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight",
                             "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"]),
     ("lora", "Z-Image", ["diffusion_model.layers.0.attention.to_q.lora_A.weight"]),
