@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .numbered_names import in_order
 from .transformer_names import Piece, Shape
 from .transformer_names import spellings as spellings_of_transformer
 
@@ -85,9 +86,17 @@ class ModuleIndex:
         """Give the canonical path for a spelling (dots or underscores), or None."""
         return self._spellings.get(component, {}).get(spelling.replace(".", "_"))
 
+    @cache  # noqa: B019 - an index lives as long as its model's list
+    def _numbered(self, component: str) -> dict[int, str]:
+        inner = [path.partition(".")[2] for path in self.shapes if path.startswith(f"{component}.")]
+        return {number: f"{component}.{path}" for number, path in enumerate(in_order(component, inner))}
+
     def pieces(self, component: str, spelling: str) -> tuple[Piece, ...]:
         """Give the layers a spelling stands for: mostly one, several where the file's layer is a fused one."""
-        path = self.find(component, spelling)
+        if spelling.startswith(":"):  # numbered
+            path = self._numbered(component).get(int(spelling[1:]))
+        else:
+            path = self.find(component, spelling)
         if path is not None:
             return (Piece(path, (), self.shapes[path]),)
         return self._fused.get(spelling.replace(".", "_"), ()) if component == "transformer" else ()

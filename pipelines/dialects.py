@@ -10,6 +10,8 @@ import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
+from .numbered_names import NAME
+
 HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 KRONECKER = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
@@ -90,6 +92,8 @@ def split_key(name: str, names: Container[str] = ()) -> Key | None:
         name: The tensor's.
         names: All of the file: a plain `.weight` is one of (IA)3 if an `.on_input` stands beside it.
     """
+    if numbered := NAME.fullmatch(name):
+        return Key((numbered[1],), f":{numbered[2]}", numbered[3], "lora_diffusion")
     suffixes = SUFFIXES
     if name.endswith(".weight") and f"{name.removesuffix('.weight')}.on_input" in names:
         suffixes = ((".weight", "ia3", "LyCORIS"),)
@@ -125,22 +129,10 @@ OTHER_MODEL = "Use an adapter made for SD 1.5, SDXL, SD 3, FLUX.1, Wan or Mini."
 ALGORITHMS: tuple[Foreign, ...] = (
     Foreign("control-lora", "a control-LoRA (Stability)", r"^lora_controlnet$"),
     Foreign(
-        "lora_diffusion",
-        "a LoRA of the lora_diffusion package (cloneofsimo)",
-        r"^(unet|text_encoder):\d+:(up|down)$",
-        "Its layers are numbered, not named: find a newer version of the file, or convert it with that package.",
-    ),
-    Foreign(
         "pivotal",
         "a LoRA with bundled embeddings (OneTrainer)",
         r"^bundle_emb\.",
         "Export it again without the embeddings.",
-    ),
-    Foreign(
-        "textual-inversion",
-        "a textual inversion embedding",
-        r"^(emb_params|string_to_param|clip_[lg]|<[^<>]+>)$",
-        "Embeddings are not adapters; they cannot be used here.",
     ),
     Foreign("dora", "DoRA in a spelling that is not known here", r"\.w_magnitude(\.|$)"),
     Foreign("boft", "BOFT", r"\.boft_(R|s)"),
@@ -205,8 +197,14 @@ FAMILIES: tuple[Foreign, ...] = (
         OTHER_MODEL,
     ),
 )
-# Looked at last, when no tensor of a plain LoRA is there.
+# Looked at last, when no tensor of an adapter is there.
 MODELS: tuple[Foreign, ...] = (
+    Foreign(
+        "textual-inversion",
+        "a textual inversion embedding",
+        r"^(emb_params|string_to_param|clip_[lg]|<[^<>]+>)$",
+        "Embeddings are not adapters; they cannot be used here.",
+    ),
     Foreign(
         "checkpoint",
         "a whole model",

@@ -163,7 +163,8 @@ def _foreign(bare: Report, header: Header) -> Report | None:
     if family and family.name not in ATTACHED:
         text = f"{name} is an adapter for {family.title}; it cannot be used here."
         return replace(bare, family=family.name, algorithm=_kinds_named(names), refusal=text, hint=family.hint)
-    model: Foreign | None = None if any("lora" in key for key in names) else recognise(names, MODELS)
+    adapter = any("lora" in key or split_key(key, names) for key in names)
+    model: Foreign | None = None if adapter else recognise(names, MODELS)
     if model:
         return replace(bare, algorithm=model.name, refusal=f"{name} is {model.title}, not an adapter.", hint=model.hint)
     return None
@@ -213,7 +214,7 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
         halves=find_halves(choice.family, found),
         confidence=choice.confidence,
         reason=choice.reason,
-        warnings=(*warnings, *choice.warnings),
+        warnings=(*warnings, *choice.warnings, *_words(found)),
     )
     report = replace(report, role=find_role(report))
     return _judge(report, header, found, values, index)
@@ -230,6 +231,13 @@ def _algorithm(header: Header, found: Collected) -> str:
     if "locon" in names:
         names.discard("lora")
     return ", ".join(sorted(names))
+
+
+def _words(found: Collected) -> tuple[str, ...]:
+    """Warn of learned words, without which a prompt that holds them means little."""
+    if not found.words:
+        return ()
+    return (f"It carries learned words, which are not used: {', '.join(found.words)}.",)
 
 
 def _broken(name: str, found: Collected) -> dict[str, str]:

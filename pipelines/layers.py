@@ -15,6 +15,7 @@ from .dora import magnitude_of
 from .errors import AdapterError
 from .headers import Header
 from .kind import MAGNITUDES, Kind, kind_of
+from .numbered_names import EMBEDDING
 from .transformer_names import Piece
 
 PEFT_KEY = "lora_adapter_metadata"
@@ -63,6 +64,7 @@ class Collected:
         strange: Tensor names that end like no adapter tensor.
         incomplete: Modules whose tensors make up no layer of any kind.
         styles: The dialects that occur.
+        words: Learned words the file carries besides its layers; they are not used.
     """
 
     layers: dict[str, LayerNames] = field(default_factory=dict[str, LayerNames])
@@ -70,6 +72,7 @@ class Collected:
     strange: list[str] = field(default_factory=list[str])
     incomplete: list[str] = field(default_factory=list[str])
     styles: set[str] = field(default_factory=set[str])
+    words: list[str] = field(default_factory=list[str])
 
     @property
     def modules(self) -> int:
@@ -93,7 +96,7 @@ def collect(header: Header, index: ModuleIndex, plain: bool = False) -> Collecte
     for name in header.tensors:
         key = split_key(name, header.tensors)
         if key is None:
-            found.strange.append(name)
+            (found.words if EMBEDDING.fullmatch(name) else found.strange).append(name)
             continue
         if key.style:
             found.styles.add(key.style)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
-from adapter_files import matrices
+from adapter_files import matrices, write
 from intarsia.pipelines.architectures import ModuleIndex, build_reference, reference, sgm_spelling
 from intarsia.pipelines.dialects import ALGORITHMS, FAMILIES, MODELS, claimed_family, recognise, split_key
+from intarsia.pipelines.identify import inspect
+from intarsia.pipelines.numbered_names import in_order
 
 
 def test_the_layer_list_is_that_of_the_real_sd15() -> None:
@@ -141,3 +145,38 @@ def test_no_layer_of_sd_is_taken_for_something_foreign(family: str) -> None:
 )
 def test_claims_of_the_metadata(metadata: dict[str, str], family: str) -> None:
     assert claimed_family(metadata) == family
+
+
+def test_numbered_layers_are_those_the_package_walked() -> None:
+    """What the shapes of published files say of the order."""
+    index = reference("sd15")
+    unet = [path.removeprefix("unet.") for path in index.shapes if path.startswith("unet.")]
+    order = in_order("unet", unet)
+    assert len(order) == 144 and len(set(order)) == 144
+    # widths going in and out: of the first block, at the turn to `up`, and of the middle block
+    sizes = [tuple(reversed(index.shapes[f"unet.{path}"][:2])) for path in order]
+    assert sizes[:9] == [(320, 320)] * 4 + [(320, 2560), (320, 320), (768, 320), (768, 320), (320, 320)]
+    assert sizes[54] == (1280, 1280) and order[54].startswith("up_blocks.1.attentions.0.")
+    assert order[135].startswith("mid_block.") and sizes[139] == (1280, 10240)
+    text = in_order("text_encoder", [p.removeprefix("text_encoder.") for p in index.shapes if "text_encoder." in p])
+    assert len(text) == 48 and [path.rsplit(".", 1)[1] for path in text[:4]] == [
+        "k_proj",
+        "v_proj",
+        "q_proj",
+        "out_proj",
+    ]
+    assert text[4].split(".")[3] == "1" and text[40].split(".")[3] == "10"
+
+
+def test_a_numbered_file_fits_and_tells_of_its_words(tmp_path: Path) -> None:
+    index = reference("sd15")
+    tensors: dict[str, Any] = {"<s1>": np.ones(768, np.float32)}
+    for component, count in (("unet", 144), ("text_encoder", 48)):
+        for number in range(count):
+            ((piece),) = index.pieces(component, f":{number}")
+            out, inside = piece.whole[:2]
+            tensors[f"{component}:{number}:down"] = np.ones((2, inside), np.float32)
+            tensors[f"{component}:{number}:up"] = np.ones((out, 2), np.float32)
+    report = inspect(write(tmp_path / "a.safetensors", tensors))
+    assert (report.refusal, report.family, report.matched, report.modules) == ("", "sd15", 192, 192)
+    assert report.dialect == "lora_diffusion" and any("<s1>" in text for text in report.warnings)

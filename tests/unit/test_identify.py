@@ -189,7 +189,6 @@ REFUSED: list[tuple[str, str, list[str]]] = [
     ("textual-inversion", "textual inversion", ["<s1>"]),
     ("pivotal", "bundled embeddings", [TO_Q + DOWN, TO_Q + UP, "bundle_emb.cat.clip_l"]),
     ("control-lora", "control-LoRA", ["lora_controlnet", "input_blocks.0.0.weight"]),
-    ("lora_diffusion", "lora_diffusion", ["unet:0:up", "unet:0:down", "<s1>"]),
     ("", "control adapter", ["double_blocks.0.img_attn.norm.query_norm.scale"]),
     ("lora", "Qwen-Image", ["transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight",
                             "transformer.transformer_blocks.0.attn.add_q_proj.lora_A.weight"]),
