@@ -98,7 +98,7 @@ class Runner:
             entry = self._shelf.find(use.adapter)
             adapter = read_adapter(entry.path, shapes)
             uses[index] = use.model_copy(update={"sha256": adapter.sha256})
-            attachments.append(Attachment(entry.name, adapter, use.weight))
+            attachments.append(Attachment(entry.name, adapter, use.weight, use.blocks, (use.first, use.last)))
         return request.model_copy(update={"adapters": tuple(uses)}), attachments
 
     def _train(self, job: Job, request: TrainRequest, token: CancelToken) -> Iterator[Event]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from types import MappingProxyType
 
@@ -27,11 +27,24 @@ TARGETS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GroupNorm)
 
 @dataclass(frozen=True)
 class Attachment:
-    """One adapter to hang on a model, at one weight, under a name of its own."""
+    """One adapter to hang on a model, at one weight, under a name of its own.
+
+    Args:
+        blocks: Factors for parts of it, by how a layer's canonical path starts, such as `unet.up_blocks.0`,
+            `text_encoder`; the longest that fits counts, layers that none fits have 1.
+        steps: Part of the denoising in which it acts, as fractions from 0 to 1; kept by `StepRanges`.
+    """
 
     name: str
     adapter: AdapterFile
     weight: float = 1.0
+    blocks: Mapping[str, float] = field(default_factory=dict[str, float])
+    steps: tuple[float, float] = (0.0, 1.0)
+
+    def factor(self, path: str) -> float:
+        """What the weight of a layer is multiplied with."""
+        fitting = [start for start in self.blocks if path == start or path.startswith(f"{start}.")]
+        return self.blocks[max(fitting, key=len)] if fitting else 1.0
 
 
 class _Site:
@@ -39,7 +52,7 @@ class _Site:
 
     def __init__(self, module: Target) -> None:
         self.module = module
-        self.branches: dict[str, Layer] = {}
+        self.branches: dict[str, tuple[Layer, float]] = {}  # with the factor of its block
         self._key: tuple[object, ...] = ()
         self._thin: tuple[Tensor, Tensor] | None = None
         self._dense: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -70,7 +83,8 @@ class _Site:
         key = (like.device, like.dtype)
         if key == self._key:
             return
-        active = [(layer, strengths[name]) for name, layer in self.branches.items() if strengths.get(name)]
+        strong = ((layer, factor * strengths.get(name, 0)) for name, (layer, factor) in self.branches.items())
+        active = [(layer, strength) for layer, strength in strong if strength]
         thin = [(layer, strength) for layer, strength in active if isinstance(layer, LowRank)]
         changes = [(layer.bias, strength * layer.scale) for layer, strength in thin if layer.bias is not None]
         weights: list[Tensor] = []
@@ -197,6 +211,8 @@ def attached(components: Mapping[str, nn.Module], attachments: Sequence[Attachme
         AdapterError: An adapter does not fit (with counts and the first three names), or two share a name.
     """
     _check_weights({attachment.name: attachment.weight for attachment in attachments})
+    for attachment in attachments:
+        _check_parts(attachment)
     sites: dict[int, _Site] = {}
     matched: dict[str, str] = {}
     for attachment in attachments:
@@ -205,7 +221,7 @@ def attached(components: Mapping[str, nn.Module], attachments: Sequence[Attachme
         found = _targets(components, attachment)
         for name, module in found.items():
             site = sites.setdefault(id(module), _Site(module))
-            site.branches[attachment.name] = _shaped(attachment.adapter.layers[name], module)
+            site.branches[attachment.name] = _shaped(attachment.adapter.layers[name], module), attachment.factor(name)
         matched[attachment.name] = (
             f"{attachment.name}: {len(found)} of {len(attachment.adapter.layers)} modules matched"
         )
@@ -232,6 +248,17 @@ def _check_weights(weights: Mapping[str, float]) -> None:
     for name, weight in weights.items():
         if not isfinite(weight):
             raise AdapterError(f"The weight of {name} is {weight}.", "Give a number, such as 0.8.")
+
+
+def _check_parts(attachment: Attachment) -> None:
+    _check_weights({f"{attachment.name} in {start}": factor for start, factor in attachment.blocks.items()})
+    for start in attachment.blocks:
+        if not any(path == start or path.startswith(f"{start}.") for path in attachment.adapter.layers):
+            known = sorted({".".join(path.split(".")[:3]) for path in attachment.adapter.layers})
+            raise AdapterError(f"{attachment.name} has no layers in {start}.", f"It has: {', '.join(known[:8])}.")
+    first, last = attachment.steps
+    if not 0 <= first < last <= 1:
+        raise AdapterError(f"{attachment.name} cannot act from {first} to {last}.", "Give fractions, such as 0 to 0.5.")
 
 
 def _targets(components: Mapping[str, nn.Module], attachment: Attachment) -> dict[str, Target]:

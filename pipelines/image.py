@@ -61,9 +61,11 @@ def generate(
         stack.callback(model.rest)
         if attachments:
             from .attach import attached
+            from .step_ranges import StepRanges
 
             yield Stage(name="attach", detail=", ".join(attachment.name for attachment in attachments))
             branches = stack.enter_context(attached(model.components, attachments))
+            hooks = (StepRanges(branches, attachments), *hooks)
             for text in branches.matched.values():
                 yield Notice(text=f"{text}.")
         token.check()

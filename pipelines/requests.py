@@ -15,10 +15,16 @@ MAX_SEED = 2**32 - 1
 
 
 class AdapterUse(Options):
-    """One adapter at one weight; `adapter` is a library name or a file."""
+    """One adapter at one weight; `adapter` is a library name or a file.
+
+    `blocks` gives parts of it factors of their own, by how a layer's path starts (`unet.up_blocks.0`, `text_encoder`).
+    """
 
     adapter: str
     weight: float = option(1.0, label="Weight", help="Multiplies the adapter's change once.", low=-7, high=7)
+    blocks: dict[str, float] = Field(default_factory=dict[str, float])
+    first: float = option(0.0, label="From", help="Part of the denoising after which it acts.", low=0, high=1)
+    last: float = option(1.0, label="Until", help="Part of the denoising after which it acts no more.", low=0, high=1)
     sha256: str = ""  # filled in when the job runs, so that a picture says exactly what made it
 
     @classmethod

@@ -30,6 +30,10 @@ PAIRS = (
 )  # fmt: skip
 
 
+def _small(picture: Image.Image, side: int) -> Image.Image:
+    return picture if picture.width <= side else picture.resize((side, side), Image.Resampling.LANCZOS)
+
+
 def grid(pictures: Sequence[Image.Image], across: Sequence[str], down: Sequence[str]) -> Image.Image:
     """Put pictures, row by row, on a labelled sheet; all of the size of the first."""
     width, height = pictures[0].size
@@ -71,6 +75,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--tile", type=int, default=128, help="largest side of a picture on the sheet, in pixels")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(given.model, torch_dtype=torch.float32).to(
@@ -81,7 +86,8 @@ def main() -> None:
     def drawn(prompts: Sequence[str], seed: int) -> list[Image.Image]:
         generators = [torch.Generator().manual_seed(seed) for _ in prompts]
         settings = {"num_inference_steps": given.steps, "guidance_scale": given.guidance}
-        return pipeline(list(prompts), generator=generators, **settings).images
+        made: list[Image.Image] = pipeline(list(prompts), generator=generators, **settings).images
+        return [_small(picture, given.tile) for picture in made]
 
     if given.scenes:
         prompts = [f"{' '.join(pair)}, {style} style" for style in SCENE_STYLES for pair in PAIRS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from intarsia.pipelines.adapter_types import AdapterFile, LowRank
 from intarsia.pipelines.architectures import sgm_spelling
 from intarsia.pipelines.attach import Attachment, attached
 from intarsia.pipelines.errors import AdapterError
+from intarsia.pipelines.hooks import Step
+from intarsia.pipelines.step_ranges import StepRanges
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -359,3 +362,41 @@ def test_old_attention_processors_act_as_plain_peft_names(tiny: Callable[..., Pa
             results.append(outputs(pipeline, "sd15")[0])
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[2])
+
+
+def test_blocks_have_factors_of_their_own_and_the_longest_start_counts() -> None:
+    model, one = Small(), adapter()
+    blocks = {"unet": 0.5, "unet.inner": 2.0, "unet.inner.0": 0.0}
+    with torch.no_grad(), attached({"unet": model}, [Attachment("a", one, 0.8, blocks)]):
+        found = model(*inputs())
+    kept = {name: layer for name, layer in one.layers.items() if name != "unet.inner.0"}
+    with torch.no_grad():
+        expected = merge(Small(), replace(one, layers=kept), 0.4)(*inputs())
+    assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("attachment", "word"),
+    [
+        (Attachment("a", adapter(), 1.0, {"unet.up_blocks": 1.0}), "no layers in unet.up_blocks"),
+        (Attachment("a", adapter(), 1.0, {"unet.line": 1.0}), "no layers in unet.line"),
+        (Attachment("a", adapter(), 1.0, {"unet": float("nan")}), "is nan"),
+        (Attachment("a", adapter(), 1.0, {}, (0.5, 0.5)), "cannot act from 0.5 to 0.5"),
+        (Attachment("a", adapter(), 1.0, {}, (0.0, 1.5)), "cannot act"),
+    ],
+)
+def test_parts_that_are_not_there_are_refused(attachment: Attachment, word: str) -> None:
+    with pytest.raises(AdapterError, match=word), attached({"unet": Small()}, [attachment]):
+        pass
+
+
+def test_an_adapter_acts_within_its_steps_alone() -> None:
+    pair = [Attachment("a", adapter(1), steps=(0.0, 0.5)), Attachment("b", adapter(2), steps=(0.25, 1.0))]
+    seen: list[set[str]] = []
+    with attached({"unet": Small()}, pair) as branches:
+        hook = StepRanges(branches, pair)
+        for index in range(4):
+            latents = torch.zeros(1)
+            assert hook.before(Step(index, 4, 0.0, 0.0, latents, lambda x: x)) is latents
+            seen.append(set(branches.active))
+    assert seen == [{"a"}, {"a", "b"}, {"b"}, {"b"}]
