@@ -21,12 +21,13 @@ MARKS = {"ok": "ok  ", "warning": "warn", "bad": "BAD "}
 
 
 def add_adapters(app: typer.Typer) -> None:
-    """Register `adapters import|list|inspect|remove`."""
+    """Register `adapters import|list|inspect|convert|remove`."""
     group = typer.Typer(help="The library of adapters.", no_args_is_help=True, rich_markup_mode=None)
     app.add_typer(group, name="adapters")
     group.command("import", help="Check adapter files and copy them into the library.")(_import)
     group.command("list", help="List the library.")(_list)
     group.command("inspect", help="Say what an adapter file holds.")(_inspect)
+    group.command("convert", help="Write an adapter file in another trainer's spelling.")(_convert)
     group.command("remove", help="Remove an adapter from the library.")(_remove)
 
 
@@ -57,6 +58,18 @@ def _inspect(
         values = studio.inspect(file, model).as_dict()
         rows = [(key, _cell(value)) for key, value in values.items() if value not in (None, "", [], {})]
         _write(machine, values, table(rows, ("what", "value")))
+
+
+def _convert(
+    file: Annotated[str, typer.Argument(help="A .safetensors file, or a name in the library.", show_default=False)],
+    to: Annotated[str, typer.Option(help="kohya or diffusers.")],
+    out: Annotated[Path, typer.Option(help="Where to write it.")],
+    machine: Machine = False,
+) -> None:
+    with guarded(Console(machine)), Studio() as studio:
+        made = studio.convert_adapter(file, to, out)
+        told = "".join(f"\nNot the same: {text}." for text in made.lost) or " Every tensor is the same."
+        _write(machine, record(made), f"{made.path}: {made.layers} layers as {made.dialect} names them.{told}")
 
 
 def _remove(

@@ -18,6 +18,7 @@ from .processes import this_process
 from .settings import Home
 
 if TYPE_CHECKING:
+    from ..pipelines.convert import Converted
     from ..pipelines.identify import Report
     from ..pipelines.picture import Restored
     from .doctor import Check
@@ -176,6 +177,18 @@ class Studio:
         from .shelf import Shelf
 
         return Shelf(self.home)
+
+    def convert_adapter(self, file: str, to: str, out: Path) -> Converted:
+        """Write an adapter (a library name or a file) in another trainer's spelling.
+
+        Raises:
+            IntarsiaError: It cannot be used or converted, or there is no such spelling.
+        """
+        from ..pipelines.convert import convert
+
+        if to not in ("kohya", "diffusers"):
+            raise InputError(f"There is no spelling {to!r}.", "Write --to kohya or --to diffusers.")
+        return convert(self.shelf.find(file).path, to, out.absolute())
 
     def import_adapter(self, path: Path, name: str | None = None, replace: bool = False) -> Entry:
         """Check an adapter file and copy it into the library; a whole B-LoRA brings its two halves along.

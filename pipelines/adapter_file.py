@@ -137,19 +137,30 @@ def write_adapter(
             if not value.isfinite().all():
                 raise AdapterError(f"{name} holds NaN or infinity; nothing was written.", "Lower the learning rate.")
             tensors[f"{name}.{part}.weight"] = value
+    write_tensors(
+        path,
+        tensors,
+        {
+            SPEC + "implementation": "diffusers",
+            SPEC + "title": path.stem,
+            **metadata,
+            PEFT_KEY: json.dumps(peft_configuration(layers), sort_keys=True),
+        },
+    )
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and texts as a safetensors file, atomically and with the hash ModelSpec 1.0.1 asks for."""
     from safetensors.torch import save
 
-    raw = save(tensors)
+    raw = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     (length,) = struct.unpack("<Q", raw[:8])
     table, buffer = json.loads(raw[8 : 8 + length]), memoryview(raw)[8 + length :]
     texts = {
         "format": "pt",
         SPEC + "sai_model_spec": "1.0.1",
-        SPEC + "implementation": "diffusers",
-        SPEC + "title": path.stem,
         **metadata,
         SPEC + "hash_sha256": "0x" + hashlib.sha256(buffer).hexdigest(),
-        PEFT_KEY: json.dumps(peft_configuration(layers), sort_keys=True),
     }
     head = json.dumps({"__metadata__": dict(sorted(texts.items())), **table}, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)

@@ -160,6 +160,8 @@ def _foreign(bare: Report, header: Header) -> Report | None:
         known = family.name if family else _named_family(header)
         text = f"{name} is {algorithm.title}{where}; it cannot be used here."
         return replace(bare, family=known, algorithm=algorithm.name, refusal=text, hint=algorithm.hint)
+    if family and family.name == "transformer" and choose_family(header, None).family:
+        family = None  # diffusers' own names, which several models share
     if family and family.name not in ATTACHED:
         text = f"{name} is an adapter for {family.title}; it cannot be used here."
         return replace(bare, family=family.name, algorithm=_kinds_named(names), refusal=text, hint=family.hint)

@@ -1,0 +1,116 @@
+"""Files written in another spelling: there and back every byte is the same, and the peers read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from adapter_files import attention, kohya, lora, matrices, peft, write
+from diffusers.loaders import lora_conversion_utils
+from intarsia.app.studio import Studio
+from intarsia.pipelines.adapter_file import read_adapter
+from intarsia.pipelines.convert import convert, kohya_name
+from intarsia.pipelines.errors import AdapterError, InputError
+from intarsia.pipelines.headers import read_header
+from intarsia.pipelines.identify import inspect
+from safetensors.torch import load_file, save_file
+
+DIFFUSERS: Any = lora_conversion_utils
+SD15 = attention({p: s for p, s in matrices("sd15").items() if ".down_blocks.1." in p or p.startswith("text")})
+SDXL = attention({p: s for p, s in matrices("sdxl").items() if ".up_blocks.0.attentions.1" in p})
+LAYER = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"  # of SD 1.5: 640 to 640
+
+
+@pytest.mark.parametrize("shapes", [SD15, SDXL], ids=["sd15", "sdxl"])
+def test_there_and_back_every_tensor_is_the_same(shapes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+    first = write(tmp_path / "a.safetensors", lora(shapes, peft, alpha=1.5))
+    first = convert(first, "diffusers", tmp_path / "b.safetensors").path  # alphas move into the header
+    there = convert(first, "kohya", tmp_path / "c.safetensors")
+    back = convert(there.path, "diffusers", tmp_path / "d.safetensors")
+    assert there.lost == back.lost == () and there.layers == len(shapes)
+    one, other = load_file(first), load_file(back.path)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert first.read_bytes() == back.path.read_bytes()
+    layers = [read_adapter(path).layers for path in (first, there.path)]
+    for name, layer in layers[0].items():
+        twin: Any = layers[1][name]
+        assert (layer.rank, layer.alpha) == (twin.rank, twin.alpha) == (2, 1.5)  # type: ignore[attr-defined]
+
+
+def test_diffusers_finds_the_same_names_in_what_was_written_as_kohya(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.safetensors", lora(SD15, peft))
+    made = convert(source, "kohya", tmp_path / "b.safetensors").path
+    converted, _ = DIFFUSERS._convert_non_diffusers_lora_to_diffusers(load_file(made))
+    suffixes = (".lora.down.weight", ".lora_linear_layer.down.weight", "_lora.down.weight", ".down.weight")
+    found = {
+        name.removesuffix(next(s for s in suffixes if name.endswith(s))) for name in converted if "down" in name[-12:]
+    }
+    wanted = {path.replace("to_out.0", "to_out") for path in SD15}
+    assert {name.replace(".processor", "").replace("to_out.0", "to_out") for name in found} >= {
+        path for path in wanted if path.startswith("unet.")
+    }
+
+
+def test_sdxl_is_spelled_with_stabilitys_block_names() -> None:
+    path = "up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q"
+    assert kohya_name(f"unet.{path}", "sdxl") == "lora_unet_output_blocks_1_1_transformer_blocks_0_attn1_to_q"
+    assert kohya_name(f"unet.{path}", "sd15") == f"lora_unet_{path.replace('.', '_')}"
+    assert kohya_name("text_encoder.text_model.a.b", "sd15") == "lora_te_text_model_a_b"
+    assert kohya_name("text_encoder.text_model.a.b", "sdxl") == "lora_te1_text_model_a_b"
+
+
+def test_dora_and_tucker_go_over(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    conv = "lora_unet_down_blocks_1_resnets_0_conv2"  # 640 to 640, 3 x 3
+    tensors = {
+        f"{LAYER}.lora_down.weight": torch.randn(2, 640, generator=rng),
+        f"{LAYER}.lora_up.weight": torch.randn(640, 2, generator=rng),
+        f"{LAYER}.dora_scale": torch.rand(640, 1, generator=rng) + 1,
+        f"{conv}.lora_down.weight": torch.randn(2, 640, 1, 1, generator=rng),
+        f"{conv}.lora_mid.weight": torch.randn(2, 2, 3, 3, generator=rng),
+        f"{conv}.lora_up.weight": torch.randn(640, 2, 1, 1, generator=rng),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    made = convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
+    assert len(made.lost) == 1 and "Tucker" in made.lost[0]
+    one, other = (read_adapter(path).layers for path in (tmp_path / "a.safetensors", made.path))
+    for name, layer in one.items():
+        weight = torch.randn(matrices("sd15")[name], generator=rng)
+        before, after = layer.change(weight).weight, other[name].change(weight).weight
+        assert before is not None and after is not None and torch.allclose(before, after, atol=1e-4)
+    back = convert(made.path, "kohya", tmp_path / "c.safetensors")
+    again = load_file(back.path)
+    assert torch.equal(again[f"{LAYER}.dora_scale"], tensors[f"{LAYER}.dora_scale"])
+
+
+def test_what_a_spelling_has_no_word_for_is_refused(tmp_path: Path) -> None:
+    save_file(
+        {f"{LAYER}.lokr_w1": torch.ones(2, 2), f"{LAYER}.lokr_w2": torch.ones(320, 320)}, tmp_path / "a.safetensors"
+    )
+    with pytest.raises(AdapterError, match="LoKr, which diffusers does not read"):
+        convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+    assert convert(tmp_path / "a.safetensors", "kohya", tmp_path / "c.safetensors").lost == ()
+    assert inspect(tmp_path / "c.safetensors").algorithm == "lokr"
+
+
+def test_the_authors_folders_stay_behind(tmp_path: Path) -> None:
+    texts = {"ss_dataset_dirs": '{"/home/ann/cats": {}}', "ss_tag_frequency": '{"x": {"cat": 3}}'}
+    source = write(tmp_path / "a.safetensors", lora(SD15, kohya), texts)
+    made = read_header(convert(source, "kohya", tmp_path / "b.safetensors").path).metadata
+    assert "ss_dataset_dirs" not in made and made["ss_tag_frequency"] == texts["ss_tag_frequency"]
+    assert made["modelspec.sai_model_spec"] == "1.0.1"
+
+
+def test_other_families_and_spellings_are_refused(tmp_path: Path) -> None:
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    tensors = {f"{name}.lora_A.weight": np.ones((1, 3072), np.float32),
+               f"{name}.lora_B.weight": np.ones((3072, 1), np.float32)}  # fmt: skip
+    source = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(AdapterError, match="is for flux1"):
+        convert(source, "kohya", tmp_path / "b.safetensors")
+    with Studio() as studio, pytest.raises(InputError, match="no spelling 'x'"):
+        studio.convert_adapter(str(source), "x", tmp_path / "b.safetensors")
