@@ -65,6 +65,7 @@ def snapshot(model: Model) -> dict[str, Any]:
         "gradients": {name: parameter.grad is None for name, parameter in denoiser.named_parameters()},
         "modes": {name: module.training for name, module in denoiser.named_modules()},
         "attributes": sorted(vars(denoiser)),
+        "processors": {name: id(processor) for name, processor in denoiser.attn_processors.items()},
         "checkpointing": denoiser.is_gradient_checkpointing,
     }
 

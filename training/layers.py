@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from ..pipelines.adapter_types import LowRank
 
+FEW = 1024  # tokens whose attention to each other is small enough to be held as a whole
 ADAPTER = "learned"  # "training" is an attribute of every module
 
 
@@ -63,6 +65,33 @@ def trainable_layers(denoiser: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
+class SmallPlain:
+    """Attention as plain products where there are few tokens: on a CPU the backward of the fused one is far slower."""
+
+    def __init__(self) -> None:
+        self._plain, self._fused = AttnProcessor(), AttnProcessor2_0()
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        tokens = hidden_states.shape[1] if hidden_states.ndim == 3 else hidden_states[0, 0].numel()
+        made: Any = (self._plain if tokens <= FEW else self._fused)(attn, hidden_states, *args, **kwargs)
+        return made
+
+
+@contextmanager
+def plain_attention(denoiser: Any) -> Generator[None]:  # noqa: ANN401 - a diffusers model
+    """Let a UNet on a CPU compute its attention as `SmallPlain`, for the time of the context."""
+    before: dict[str, Any] = getattr(denoiser, "attn_processors", {})
+    fused = before and all(type(processor) is AttnProcessor2_0 for processor in before.values())
+    if not fused or denoiser.device.type != "cpu":
+        yield
+        return
+    try:
+        denoiser.set_attn_processor(SmallPlain())
+        yield
+    finally:
+        denoiser.set_attn_processor(dict(before))
+
+
 @contextmanager
 def trainable(
     denoiser: nn.Module, ranks: Mapping[str, int], scale: float, seed: int, save_memory: bool = False
@@ -96,7 +125,9 @@ def trainable(
         alpha_pattern=exact,
         init_lora_weights=False,  # drawn below, from our own generator
     )
+    attention = ExitStack()
     try:
+        attention.enter_context(plain_attention(denoiser))
         with torch.random.fork_rng(devices=[]):  # PEFT draws initial values we do not use
             inject_adapter_in_model(config, denoiser, ADAPTER)
         denoiser.eval()
@@ -104,6 +135,7 @@ def trainable(
             _call(denoiser, "enable_gradient_checkpointing")
         yield TrainedLayers(_prepared(denoiser, ranks, scale, seed), scale)
     finally:
+        attention.close()
         for path, module in originals.items():
             parent, _, name = path.rpartition(".")
             setattr(denoiser.get_submodule(parent), name, module)

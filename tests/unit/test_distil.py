@@ -16,7 +16,7 @@ from intarsia.pipelines.sources import resolve, unet_shapes
 from intarsia.training import distil
 from intarsia.training.base import LatentPool
 from intarsia.training.corpus import Captioned
-from intarsia.training.layers import trainable
+from intarsia.training.layers import plain_attention, trainable
 from PIL import Image
 from training_fakes import Tiny, load
 
@@ -78,7 +78,7 @@ def test_mini_without_a_caption_is_asked_with_zeros_and_without_the_layers_it_is
     def plain(states: torch.Tensor, pooled: torch.Tensor) -> torch.Tensor:
         return parts.unet(noisy, timesteps, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes})[0]
 
-    with torch.no_grad():
+    with torch.no_grad(), plain_attention(parts.unet):  # as it is computed while layers learn
         own, silent = plain(states, pooled), plain(states * 0, pooled * 0)
     with trainable(parts.unet, {"conv_in": 2, "mid_block.resnets.0.conv1": 4}, 1.0, 0) as layers, torch.no_grad():
         for parameter in layers.parameters.values():

@@ -10,8 +10,9 @@ import pytest
 import torch
 from intarsia.pipelines.errors import InputError
 from intarsia.pipelines.events import Artifact, Cancelled, CancelToken, Event
+from intarsia.pipelines.models import Resident
 from intarsia.pipelines.requests import TrainingPicture
-from intarsia.training import checkpoint
+from intarsia.training import checkpoint, layers
 from intarsia.training.encode import encode_pixels, encode_prompts
 from intarsia.training.recipe import ModelFacts, recipes
 from intarsia.training.recipes.blora import BLora
@@ -273,3 +274,22 @@ def test_blora_uses_the_papers_values_on_sdxl_and_scales_them_for_small_models(
     chosen = BLora().settings(known, BLora.options())
     assert (chosen.learning_rate, chosen.steps, max(chosen.ranks.values()), chosen.scale) == expected
     assert any("Rank" in text for text in chosen.notices) == (width == 160)
+
+
+@pytest.mark.parametrize("few", [1024, 1])
+def test_plain_attention_gives_the_same_and_is_taken_off_again(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "FEW", few)
+    unet = Resident().get("mini").denoiser.float()
+    x, states = torch.randn(1, 8, 8, 8), torch.randn(1, 5, 256)
+    added = {"text_embeds": torch.randn(1, 192), "time_ids": torch.ones(1, 6)}
+
+    def drawn() -> torch.Tensor:
+        with torch.no_grad():
+            return unet(x, 500, states, added_cond_kwargs=added).sample
+
+    before, fused = dict(unet.attn_processors), drawn()
+    with pytest.raises(KeyError), layers.plain_attention(unet):
+        assert all(isinstance(processor, layers.SmallPlain) for processor in unet.attn_processors.values())
+        assert torch.allclose(drawn(), fused, atol=1e-4)
+        raise KeyError
+    assert unet.attn_processors == before and torch.equal(drawn(), fused)
