@@ -60,6 +60,24 @@ def evaluations() -> str:
     return "\n\n".join(parts) or "Not measured yet."
 
 
+def adapters() -> str:
+    """Show what became of every adapter file: ours by its error, plain diffusers in words."""
+    path = RESULTS / "adapters" / "files.json"
+    if not path.is_file():
+        return "Not measured yet: `python -m benchmarks.adapter_files`."
+    content = json.loads(path.read_text(encoding="utf-8"))
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault((row["family"], row["dialect"], row["diffusers"]), []).append(row)
+    lines = ["| family | spelling | kinds | our largest error | plain diffusers |", "| --- | --- | --- | --- | --- |"]
+    for (family, dialect, theirs), rows in groups.items():
+        kinds, worst = ", ".join(row["kind"] for row in rows), max(row["error"] for row in rows)
+        lines.append(f"| {family} | {dialect} | {kinds} | {worst:.0e} | {theirs} |")
+    versions = content["machine"]["versions"]
+    lines += ["", f"diffusers {versions['diffusers']}, PEFT {versions['peft']}; `python -m benchmarks.adapter_files`."]
+    return "\n".join(lines)
+
+
 def flags(header: dict[str, Any]) -> str:
     """The flags that were not left at their defaults, as they are typed."""
     own = benches()[header["bench"]].options().model_dump(mode="json")
@@ -103,7 +121,12 @@ def main() -> None:
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
     after = before
-    for part, content in (("benchmarks", table()), ("evaluations", evaluations()), ("files", files())):
+    for part, content in (
+        ("adapters", adapters()),
+        ("benchmarks", table()),
+        ("evaluations", evaluations()),
+        ("files", files()),
+    ):
         one = filled(before, part, content)
         if one != before and "--check" in sys.argv[1:]:
             print(f"README.md: the part {part!r} is behind; run: python -m benchmarks.readme", file=sys.stderr)
