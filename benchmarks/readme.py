@@ -74,7 +74,11 @@ def adapters() -> str:
         kinds, worst = ", ".join(row["kind"] for row in rows), max(row["error"] for row in rows)
         lines.append(f"| {family} | {dialect} | {kinds} | {worst:.0e} | {theirs} |")
     versions = content["machine"]["versions"]
-    lines += ["", f"diffusers {versions['diffusers']}, PEFT {versions['peft']}; `python -m benchmarks.adapter_files`."]
+    lines += [
+        "",
+        f"diffusers {versions['diffusers']}, PEFT {versions['peft']}; `python -m benchmarks.adapter_files`. "
+        "(Kohya names for FLUX.1: diffusers asserts its full width, which a tiny model has not.)",
+    ]
     return "\n".join(lines)
 
 
