@@ -42,7 +42,7 @@ def random(*shape: int, seed: int) -> Tensor:
 def lora(out: int, inside: int, dotted: bool) -> Made:
     down, up = random(2, inside, seed=1), random(out, 2, seed=2)
     names = ("lora_A.weight", "lora_B.weight") if dotted else ("lora_down.weight", "lora_up.weight")
-    tensors = dict(zip(names, (down, up), strict=True))
+    tensors: Tensors = dict(zip(names, (down, up), strict=True))
     if dotted:
         return tensors, lambda weight: weight + up @ down
     return tensors | {"alpha": torch.tensor(1.0)}, lambda weight: weight + 0.5 * up @ down
@@ -140,7 +140,8 @@ def written(denoiser: Any, groups: dict[str, list[str]], kind: str, dotted: bool
     for stem, paths in groups.items():
         layers = [other.get_submodule(path) for path in paths]
         fused = torch.cat([layer.weight.data for layer in layers])
-        parts, changed = KINDS[kind](*fused.shape, dotted)
+        out, inside = fused.shape
+        parts, changed = KINDS[kind](out, inside, dotted)
         tensors |= {f"{stem}.{end}": part for end, part in parts.items()}
         for layer, new in zip(layers, changed(fused).split([len(layer.weight) for layer in layers]), strict=True):
             layer.weight.data.copy_(new)
@@ -166,13 +167,14 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     """One row for each spelling, family and kind that a trainer writes."""
     import diffusers
 
+    library: Any = diffusers  # its lazy names are invisible to type checkers
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from fakes import tiny_pipeline
+    from fakes import tiny_pipeline  # pyright: ignore[reportMissingImports]
 
     rows: list[dict[str, Any]] = []
     for family in FAMILIES:
         where = tiny_pipeline(family, folder / family)
-        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(where)  # pyright: ignore[reportUnknownMemberType]
+        pipeline: Any = library.DiffusionPipeline.from_pretrained(where)
         component = "unet" if hasattr(pipeline, "unet") else "transformer"
         denoiser = getattr(pipeline, component)
         inner = {

@@ -247,13 +247,15 @@ def build_reference(family: str) -> dict[str, Shape]:
     import torch
     import transformers
 
+    library: Any = diffusers  # its lazy names are invisible to type checkers
+
     with torch.device("meta"):
         modules: dict[str, torch.nn.Module] = {}
         if family in UNETS:
-            modules["unet"] = diffusers.UNet2DConditionModel(**UNET_SHARED, **UNETS[family])
+            modules["unet"] = library.UNet2DConditionModel(**UNET_SHARED, **UNETS[family])
         else:
             kind, values = TRANSFORMERS[family]
-            modules["transformer"] = getattr(diffusers, kind)(**values)
+            modules["transformer"] = getattr(library, kind)(**values)
         for name, (values, projected) in TEXTS.get(family, {}).items():
             if values is T5:
                 modules[name] = transformers.T5EncoderModel(transformers.T5Config(**values))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from intarsia.pipelines.adapter_types import AdapterFile, LowRank
 from intarsia.pipelines.architectures import reference
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -16,6 +17,13 @@ from safetensors.numpy import save_file
 Arrays = dict[str, NDArray[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
 Spelling = Callable[[str], tuple[str, str, str]]
+
+
+def low_rank(adapter: AdapterFile) -> dict[str, LowRank]:
+    """The layers of an adapter that holds nothing but low-rank factors."""
+    found = {path: layer for path, layer in adapter.layers.items() if isinstance(layer, LowRank)}
+    assert found.keys() == adapter.layers.keys()
+    return found
 
 
 def matrices(family: str) -> dict[str, tuple[int, ...]]:

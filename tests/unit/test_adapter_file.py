@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapter_files import attention, kohya, lora, matrices, peft, write
+from adapter_files import attention, kohya, lora, low_rank, matrices, peft, write
 from intarsia.pipelines import atomic
 from intarsia.pipelines.adapter_file import card, half, read_adapter, write_adapter
 from intarsia.pipelines.adapter_types import LowRank
@@ -43,10 +43,10 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
     adapter = read_adapter(tmp_path / "a.safetensors")
     assert (adapter.family, adapter.role, adapter.trigger) == ("sd15", "style", "a [s]")
     assert adapter.layers.keys() == written.keys()
-    for path, layer in written.items():
-        assert torch.equal(adapter.layers[path].down, layer.down)
-        assert torch.equal(adapter.layers[path].up, layer.up)
-        assert adapter.layers[path].alpha == layer.alpha
+    for path, layer in low_rank(adapter).items():
+        assert torch.equal(written[path].down, layer.down)
+        assert torch.equal(written[path].up, layer.up)
+        assert written[path].alpha == layer.alpha
 
 
 def test_the_header_carries_modelspec_and_the_hash_of_the_tensors(tmp_path: Path) -> None:
@@ -99,16 +99,16 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch
 
 def test_kohya_alpha_per_layer_and_missing_alpha(tmp_path: Path) -> None:
     with_alpha = read_adapter(write(tmp_path / "a.safetensors", lora(SOME, kohya, rank=4, alpha=2)))
-    assert {layer.scale for layer in with_alpha.layers.values()} == {0.5}
+    assert {layer.scale for layer in low_rank(with_alpha).values()} == {0.5}
     without = read_adapter(write(tmp_path / "b.safetensors", lora(SOME, kohya, rank=lambda n: n % 3 + 1)))
-    assert {layer.scale for layer in without.layers.values()} == {1.0}
+    assert {layer.scale for layer in low_rank(without).values()} == {1.0}
 
 
 def test_alpha_as_a_whole_number_is_read(tmp_path: Path) -> None:
     tensors = lora(SOME, kohya, rank=4, alpha=1)
     tensors = {n: v.astype(np.int64) if n.endswith("alpha") else v for n, v in tensors.items()}
     adapter = read_adapter(write(tmp_path / "a.safetensors", tensors))
-    assert {layer.alpha for layer in adapter.layers.values()} == {1.0}
+    assert {layer.alpha for layer in low_rank(adapter).values()} == {1.0}
 
 
 @pytest.mark.parametrize("alpha", [np.array([1.0, 2.0]), np.array(np.float32("nan"))])
@@ -123,7 +123,7 @@ def scales(tmp_path: Path, metadata: str) -> tuple[set[float], tuple[str, ...]]:
     path = write(tmp_path / "a.safetensors", lora(SOME, peft, rank=4), {PEFT_KEY: metadata})
     adapter = read_adapter(path)
     assert adapter.layers.keys() == SOME.keys()
-    return {layer.scale for layer in adapter.layers.values()}, inspect(path).warnings
+    return {layer.scale for layer in low_rank(adapter).values()}, inspect(path).warnings
 
 
 def test_peft_metadata_gives_alpha_and_nothing_else(tmp_path: Path) -> None:
@@ -176,10 +176,10 @@ def test_flat_factors_of_1x1_convolutions_get_the_shape_of_their_layer(tmp_path:
     name = "unet.down_blocks.0.attentions.0.proj_in"
     assert SD15[name] == (320, 320, 1, 1)
     flat = write(tmp_path / "a.safetensors", lora({name: (320, 320)}, peft))
-    layer = read_adapter(flat, SD15).layers[name]
+    layer = low_rank(read_adapter(flat, SD15))[name]
     assert (layer.down.ndim, layer.up.ndim) == (4, 4)
     tall = write(tmp_path / "b.safetensors", lora({name: (320, 320, 1, 1)}, peft))
-    layer = read_adapter(tall, {name: (320, 320)}).layers[name]
+    layer = low_rank(read_adapter(tall, {name: (320, 320)}))[name]
     assert (layer.down.ndim, layer.up.ndim) == (2, 2)
 
 

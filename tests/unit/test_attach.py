@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from adapter_files import attention, kohya, lora, old_diffusers, peft, processor, write
+from adapter_files import attention, kohya, lora, low_rank, old_diffusers, peft, processor, write
 from intarsia.pipelines.adapter_file import read_adapter, write_adapter
 from intarsia.pipelines.adapter_types import AdapterFile, LowRank
 from intarsia.pipelines.architectures import sgm_spelling
@@ -62,7 +62,7 @@ def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 def merge(model: Small, file: AdapterFile, weight: float) -> Small:
     """The oracle: W + weight * scale * up @ down, written into the weights."""
     with torch.no_grad():
-        for name, layer in file.layers.items():
+        for name, layer in low_rank(file).items():
             target: Any = model.get_submodule(name.removeprefix("unet."))
             delta = layer.up.flatten(1) @ layer.down.flatten(1)
             target.weight += (weight * layer.alpha / layer.rank * delta).reshape(target.weight.shape).to(target.weight)
@@ -228,7 +228,7 @@ def test_no_adapters_is_fine() -> None:
 def test_other_padding_modes_follow_their_layer() -> None:
     model = nn.Module()
     model.conv = nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular", dtype=torch.float64)
-    layer = adapter().layers["unet.inner.0"]
+    layer = low_rank(adapter())["unet.inner.0"]
     file = AdapterFile(Path("x"), "sdxl", "concept", "", {"unet.conv": layer}, "", {})
     x = inputs()[1]
     weight = (layer.scale * layer.up.flatten(1) @ layer.down.flatten(1)).reshape(8, 4, 3, 3)

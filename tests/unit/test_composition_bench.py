@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from adapter_files import low_rank
 from bench_fakes import LAYER, PALETTE, FakeJudge, FakePictures, adapter, colours, disc
 from intarsia.app.evaluation import instruments, presence, training
 from intarsia.app.evaluation.bench import Place, benches
@@ -310,7 +311,7 @@ def test_merge_at_weight_zero_is_the_prompt_alone_and_at_one_it_is_the_sum(done:
     merged = draw(1.0, "merge")
     assert merged != draw(1.0, "base")
     target = model.denoiser.get_submodule(LAYER.removeprefix("unet."))
-    change = sum(one.layers[LAYER].up @ one.layers[LAYER].down for one in adapters.values())
+    change = sum(low_rank(one)[LAYER].up @ low_rank(one)[LAYER].down for one in adapters.values())
     before = target.weight.data.clone()
     target.weight.data += cast(Tensor, change)
     summed = draw(1.0, "base")

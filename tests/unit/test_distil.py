@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_files import low_rank
 from intarsia.pipelines.adapter_file import read_adapter
 from intarsia.pipelines.attach import Attachment, attached
 from intarsia.pipelines.errors import InputError
@@ -64,7 +65,7 @@ def test_a_run_that_is_cut_goes_on_exactly_and_the_file_fits_the_model(
     adapter = read_adapter(whole, unet_shapes(resolve(str(model))))
     assert adapter.family == "sdxl" and adapter.metadata["intarsia.recipe"] == "lcm"
     assert json.loads(adapter.metadata["intarsia.drawing"]) == {"steps": 4, "guidance": 1.0, "scheduler": "lcm"}
-    assert any(layer.down.shape[2:] == (3, 3) and layer.up.any() for layer in adapter.layers.values())
+    assert any(layer.down.shape[2:] == (3, 3) and layer.up.any() for layer in low_rank(adapter).values())
     with attached(load(model).components, [Attachment("fast", adapter)]):
         pass
 

@@ -147,7 +147,7 @@ def test_an_adapter_is_measured_with_the_model_and_let_go(
     options = BaseOptions(held_in=2, held_out=0, scenes=0, adapter=f"{file}:0.5")
     measured(place, draw, monkeypatch, options)
     assert not any(hooks)
-    save_file({key: value + 1 for key, value in load_file(file).items()}, file, read_header(file).metadata)
+    save_file({key: value + 1 for key, value in load_file(file).items()}, file, dict(read_header(file).metadata))
     with pytest.raises(InputError, match="not the file these records were made with"):
         list(BENCH.run(options, place))
 
