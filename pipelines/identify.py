@@ -5,13 +5,12 @@ Evidence in this order: tensor names and shapes, then metadata, never the file n
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from .adapter_types import Role
 from .architectures import ModuleIndex, Shape, reference
@@ -22,6 +21,7 @@ from .headers import Header, hashes, read_header, scan
 from .kind import flat, kinds
 from .layers import Collected, LayerNames, alphas, collect, misfits
 from .sources import mini_folder, resolve, unet_shapes
+from .trigger_words import text_of, trigger_words
 
 Confidence = Literal["certain", "likely", "guess"]
 # What a file without its model is held against: name, family and title. Mini has SDXL's blocks, and widths of its own.
@@ -139,8 +139,8 @@ def inspect(path: Path, shapes: Mapping[str, Shape] | None = None) -> Report:
         dtypes=dtypes,
         trigger=trigger,
         triggers=triggers,
-        base=_text(header.metadata, "intarsia.base", "ss_sd_model_name", "ss_base_model_version"),
-        base_hash=_text(header.metadata, "intarsia.base_hash", "ss_new_sd_model_hash", "ss_sd_model_hash"),
+        base=text_of(header.metadata, "intarsia.base", "ss_sd_model_name", "ss_base_model_version"),
+        base_hash=text_of(header.metadata, "intarsia.base_hash", "ss_new_sd_model_hash", "ss_sd_model_hash"),
     )
     foreign = _foreign(bare, header)
     if foreign:
@@ -389,35 +389,6 @@ def find_role(report: Report) -> Role:
         return report.halves[0]
     said = report.metadata.get("intarsia.role", "")
     return said if said in ("content", "style", "concept") else "concept"
-
-
-def trigger_words(metadata: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
-    """Give the trigger phrase, and up to eight frequent words of the training captions."""
-    said = _text(metadata, "intarsia.trigger", "modelspec.trigger_phrase")
-    counts: Counter[str] = Counter()
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
-    except (ValueError, RecursionError):
-        folders = {}
-    for tags in cast(dict[str, Any], folders).values() if isinstance(folders, dict) else ():
-        for tag, count in cast(dict[str, Any], tags).items() if isinstance(tags, dict) else ():
-            if type(count) is int and tag.strip():
-                counts[_clean(tag.strip(), 100)] += count
-    frequent = tuple(tag for tag, _ in counts.most_common(8))
-    return said or (frequent[0] if frequent else ""), frequent
-
-
-def _text(metadata: Mapping[str, str], *keys: str) -> str:
-    """The first of some metadata texts that says something ("None" is a common way of saying nothing)."""
-    for key in keys:
-        value = _clean(metadata.get(key, "").strip(), 300)
-        if value and value != "None":
-            return value
-    return ""
-
-
-def _clean(text: str, limit: int) -> str:
-    return "".join(letter for letter in text[:limit] if letter.isprintable())
 
 
 def half_tensors(header: Header, role: Role) -> list[str]:
