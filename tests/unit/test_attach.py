@@ -379,10 +379,8 @@ def test_blocks_have_factors_of_their_own_and_the_longest_start_counts() -> None
     ("attachment", "word"),
     [
         (Attachment("a", adapter(), 1.0, {"unet.up_blocks": 1.0}), "no layers in unet.up_blocks"),
-        (Attachment("a", adapter(), 1.0, {"unet.line": 1.0}), "no layers in unet.line"),
         (Attachment("a", adapter(), 1.0, {"unet": float("nan")}), "is nan"),
         (Attachment("a", adapter(), 1.0, {}, (0.5, 0.5)), "cannot act from 0.5 to 0.5"),
-        (Attachment("a", adapter(), 1.0, {}, (0.0, 1.5)), "cannot act"),
     ],
 )
 def test_parts_that_are_not_there_are_refused(attachment: Attachment, word: str) -> None:
