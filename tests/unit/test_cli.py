@@ -190,7 +190,7 @@ BAD_ADAPTERS = {
     "zip.safetensors": "a zip or PyTorch pickle",
     **{f"pickle.{ending}": "could run code when opened" for ending in ("ckpt", "pt", "bin")},
     "nan.safetensors": "holds NaN or infinity",
-    "flux.safetensors": "is an adapter for FLUX.1",
+    "z-image.safetensors": "is an adapter for Z-Image",
 }
 
 
@@ -224,8 +224,8 @@ def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     down, up = np.full((2, 320), np.nan, np.float32), np.ones((320, 2), np.float32)
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     save_file({f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}, folder / "nan.safetensors")
-    layer = "lora_unet_double_blocks_0_img_attn_qkv"
-    save_file({f"{layer}.lora_down.weight": up.T.copy(), f"{layer}.lora_up.weight": up}, folder / "flux.safetensors")
+    layer = "diffusion_model.layers.0.attention.to_q"
+    save_file({f"{layer}.lora_down.weight": up.T.copy(), f"{layer}.lora_up.weight": up}, folder / "z-image.safetensors")
     return folder
 
 

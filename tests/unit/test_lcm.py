@@ -25,7 +25,7 @@ from intarsia.pipelines.requests import TrainingPicture
 from intarsia.pipelines.sources import resolve, unet_shapes
 from intarsia.training import loop, mini
 from intarsia.training.consistency import Consistency, guided, pseudo_huber, scalings
-from intarsia.training.layers import trainable_layers
+from intarsia.training.layers import plain_attention, trainable_layers
 from intarsia.training.recipe import Ask, Moment, Prediction
 from intarsia.training.recipes.lcm import RECIPE, LcmOptions
 from intarsia.training.schedule import NoiseSchedule
@@ -283,7 +283,7 @@ def test_only_the_students_answer_carries_a_gradient_and_the_teacher_is_the_mode
             untaught = asked(batch.noisy, batch.timesteps, taught=False)
             unconditional = asked(batch.noisy, batch.timesteps, taught=False, captions=False)
     assert empty.pooled is not None
-    with torch.no_grad():
+    with torch.no_grad(), plain_attention(model.denoiser):  # as it is computed while layers learn
         added = {"text_embeds": batch.added["text_embeds"], "time_ids": batch.added["time_ids"]}
         own = model.denoiser(batch.noisy, batch.timesteps, batch.tokens, added_cond_kwargs=added)[0]
         added["text_embeds"] = empty.pooled[None]

@@ -69,7 +69,12 @@ SAID: list[tuple[type[Options], dict[str, Any], str, str]] = [
         "Weight of uses entry 2 cannot be 9: the most is 7.",
         "Choose a number from -7 to 7.",
     ),
-    (Sample, {"needed": "x", "uses": [{"adapter": "a", "no": 1}]}, "no setting called no", "adapter, weight, sha256."),
+    (
+        Sample,
+        {"needed": "x", "uses": [{"adapter": "a", "no": 1}]},
+        "no setting called no",
+        "adapter, weight, blocks, first, last, sha256.",
+    ),
 ]
 
 

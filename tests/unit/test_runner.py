@@ -83,8 +83,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[[Work], None]:
     return make
 
 
-def attach(name: str, adapter: SimpleNamespace, weight: float) -> tuple[str, str, float]:
-    return name, adapter.sha256, weight
+def attach(name: str, adapter: SimpleNamespace, weight: float, *parts: object) -> tuple[object, ...]:
+    return name, adapter.sha256, weight, *parts
 
 
 def read(path: Path, shapes: str) -> SimpleNamespace:
@@ -219,11 +219,11 @@ def test_the_job_names_the_adapters_that_were_used(store: JobStore, install: Cal
         yield Notice(text="seen")
 
     install(work)
-    run(store, ASK.model_copy(update={"adapters": (AdapterUse(adapter="cat", weight=0.5),)}))
+    run(store, ASK.model_copy(update={"adapters": (AdapterUse(adapter="cat", weight=0.5, last=0.6),)}))
     request = store.jobs()[0].request
     assert isinstance(request, GenerateRequest)
-    assert given == [("cat", "sha of cat.safetensors", 0.5)]
-    assert request.adapters == (AdapterUse(adapter="cat", weight=0.5, sha256="sha of cat.safetensors"),)
+    assert given == [("cat", "sha of cat.safetensors", 0.5, {}, (0.0, 0.6))]
+    assert request.adapters == (AdapterUse(adapter="cat", weight=0.5, last=0.6, sha256="sha of cat.safetensors"),)
 
 
 def test_trained_adapters_go_onto_the_shelf_as_one_group(store: JobStore, install: Callable[[Work], None]) -> None:
