@@ -93,9 +93,9 @@ def test_watching_changes_nothing_and_leaves_nothing(resident: Any) -> None:  # 
         with torch.no_grad():
             plain = unet(*inputs, added_cond_kwargs=added).sample
         binding = Binding(unet)
+        seen = binding._seen  # pyright: ignore[reportPrivateUsage]
         with pytest.raises(KeyError), binding.watched(), torch.no_grad():
             assert torch.equal(unet(*inputs, added_cond_kwargs=added).sample, plain)
-            seen = binding._seen  # pyright: ignore[reportPrivateUsage]
             assert len(seen) == len(layers) and all(torch.allclose(a.sum(-1), torch.ones(1)) for a in seen)
             raise KeyError
         assert not any("get_attention_scores" in layer.__dict__ for layer in layers) and not seen
