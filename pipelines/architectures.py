@@ -52,6 +52,7 @@ class ModuleIndex:
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         self.shapes: dict[str, Shape] = {}
+        self._orders: dict[str, list[str]] = {}
         for name, shape in shapes.items():
             path = name.removesuffix(".weight")
             if len(shape) in (1, 2, 4) and not path.endswith(("token_embedding", "position_embedding")):
@@ -86,15 +87,17 @@ class ModuleIndex:
         """Give the canonical path for a spelling (dots or underscores), or None."""
         return self._spellings.get(component, {}).get(spelling.replace(".", "_"))
 
-    @cache  # noqa: B019 - an index lives as long as its model's list
-    def _numbered(self, component: str) -> dict[int, str]:
-        inner = [path.partition(".")[2] for path in self.shapes if path.startswith(f"{component}.")]
-        return {number: f"{component}.{path}" for number, path in enumerate(in_order(component, inner))}
+    def _numbered(self, component: str) -> list[str]:
+        if component not in self._orders:
+            inner = [path.partition(".")[2] for path in self.shapes if path.startswith(f"{component}.")]
+            self._orders[component] = [f"{component}.{path}" for path in in_order(component, inner)]
+        return self._orders[component]
 
     def pieces(self, component: str, spelling: str) -> tuple[Piece, ...]:
         """Give the layers a spelling stands for: mostly one, several where the file's layer is a fused one."""
         if spelling.startswith(":"):  # numbered
-            path = self._numbered(component).get(int(spelling[1:]))
+            order, number = self._numbered(component), int(spelling[1:])
+            path = order[number] if number < len(order) else None
         else:
             path = self.find(component, spelling)
         if path is not None:

@@ -6,8 +6,9 @@ into the first factor (rounding alone is lost, and told).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,7 @@ from .adapter_file import PEFT_KEY, peft_configuration, write_tensors
 from .adapter_types import LowRank
 from .architectures import sgm_spelling
 from .errors import AdapterError
-from .headers import Header, read_header
+from .headers import read_header
 from .identify import inspect, yardstick
 from .layers import LayerNames, alphas, collect
 
@@ -60,6 +61,8 @@ def convert(path: Path, to: Dialect, out: Path) -> Converted:
         AdapterError: The file cannot be used, is for a family this spelling has no names for, or holds what it has none
             for.
     """
+    from safetensors import safe_open
+
     report = inspect(path)
     report.require_usable()
     if report.family not in TEXT:
@@ -74,10 +77,12 @@ def convert(path: Path, to: Dialect, out: Path) -> Converted:
     values, _ = alphas(header, found)
     tensors: dict[str, Tensor] = {}
     lost: list[str] = []
-    for layer, names in found.layers.items():
-        stem = kohya_name(layer, report.family) if to == "kohya" else layer
-        parts = _read(header, names)
-        tensors |= {f"{stem}.{name}": part for name, part in _spelled(layer, names, parts, values, to, lost).items()}
+    with safe_open(path, "pt") as file:
+        for layer, names in found.layers.items():
+            stem = kohya_name(layer, report.family) if to == "kohya" else layer
+            parts = {part: file.get_tensor(name) for part, name in names.parts.items()}
+            spelled = _spelled(layer, names, parts, values, to, lost)
+            tensors |= {f"{stem}.{name}": part for name, part in spelled.items()}
     texts = {key: text for key, text in header.metadata.items() if key not in (*PRIVATE, PEFT_KEY)}
     if to == "diffusers":
         texts |= _configuration(tensors, values)
@@ -98,16 +103,9 @@ def kohya_name(path: str, family: str) -> str:
     return "lora_unet_" + (spelled or inner.replace(".", "_"))
 
 
-def _paths() -> Sequence[str]:
-    return [path.removeprefix("unet.") for path in yardstick("sdxl").shapes if path.startswith("unet.")]
-
-
-def _read(header: Header, names: LayerNames) -> dict[str, Tensor]:
-    """The tensors of a layer as they are stored."""
-    from safetensors import safe_open
-
-    with safe_open(header.path, "pt") as file:
-        return {part: file.get_tensor(name) for part, name in names.parts.items()}
+@cache
+def _paths() -> tuple[str, ...]:
+    return tuple(path.removeprefix("unet.") for path in yardstick("sdxl").shapes if path.startswith("unet."))
 
 
 def _spelled(
@@ -121,7 +119,7 @@ def _spelled(
             parts.setdefault("alpha", torch.tensor(values[layer]))
         if "magnitude" in parts:
             out = parts["magnitude"].numel()
-            parts["magnitude"] = parts["magnitude"].reshape(out, *[1] * (_dims(names, parts) - 1))
+            parts["magnitude"] = parts["magnitude"].reshape(out, *[1] * (_dims(names) - 1))
         return {KOHYA_PARTS.get(part, part): value for part, value in parts.items()}
     if names.kind.name != "lora":
         raise AdapterError(
@@ -138,11 +136,12 @@ def _spelled(
             raise AdapterError(
                 f"{layer} has DoRA magnitudes per input, which diffusers does not read.", "Keep it as is."
             )
-        parts["dora_scale"] = parts["dora_scale"].flatten()
+        flat = parts["dora_scale"].flatten()
+        parts["dora_scale"] = flat if _dims(names) == 2 else flat[None, :, None, None]  # as PEFT has it
     return {DIFFUSERS_PARTS[part]: value for part, value in parts.items()}
 
 
-def _dims(names: LayerNames, parts: Mapping[str, Tensor]) -> int:
+def _dims(names: LayerNames) -> int:
     return 4 if len(names.piece.whole) == 4 else 2
 
 

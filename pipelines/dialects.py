@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .numbered_names import NAME
 
@@ -92,12 +93,15 @@ def split_key(name: str, names: Container[str] = ()) -> Key | None:
         name: The tensor's.
         names: All of the file: a plain `.weight` is one of (IA)3 if an `.on_input` stands beside it.
     """
+    marked = name.endswith(".weight") and f"{name.removesuffix('.weight')}.on_input" in names
+    return _apart(name, marked)
+
+
+@lru_cache(maxsize=2**15)  # a file's names are held against every known model
+def _apart(name: str, marked: bool) -> Key | None:
     if numbered := NAME.fullmatch(name):
         return Key((numbered[1],), f":{numbered[2]}", numbered[3], "lora_diffusion")
-    suffixes = SUFFIXES
-    if name.endswith(".weight") and f"{name.removesuffix('.weight')}.on_input" in names:
-        suffixes = ((".weight", "ia3", "LyCORIS"),)
-    for suffix, part, style in suffixes:
+    for suffix, part, style in ((".weight", "ia3", "LyCORIS"),) if marked else SUFFIXES:
         if name.endswith(suffix):
             stem = name.removesuffix(suffix)
             prefix, components = next(row for row in PREFIXES if stem.startswith(row[0]))

@@ -174,8 +174,8 @@ def _foreign(bare: Report, header: Header) -> Report | None:
 
 def _kinds_named(names: Iterable[str]) -> str:
     """Name the kinds whose parts occur among tensor names, in a file whose modules are not known."""
-    known = list(names)
-    parts = {key.part for name in known if (key := split_key(name, frozenset(known)))} - {"alpha"}
+    known = frozenset(names)
+    parts = {key.part for name in known if (key := split_key(name, known))} - {"alpha"}
     found = [kind.name for kind in kinds().values() if parts & frozenset().union(*kind.required)]
     return ", ".join(found) or ("lora" if any("lora" in name for name in known) else "")
 

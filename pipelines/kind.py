@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -87,6 +87,7 @@ def kinds() -> dict[str, Kind]:
     return discover(folder, "KIND")
 
 
+@lru_cache(maxsize=256)
 def kind_of(parts: frozenset[str]) -> Kind | None:
     """Give the kind that a layer's parts make up, a magnitude left aside."""
     return next((kind for kind in kinds().values() if kind.takes(parts - {*MAGNITUDES, "alpha"})), None)

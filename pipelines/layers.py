@@ -136,6 +136,8 @@ def misfit(header: Header, path: str, names: LayerNames) -> str | None:
     part = magnitude_of(shapes)
     if wrong is None and part is not None:
         wrong = dora.misfit(part, shapes[part], target)
+        if wrong is None and names.piece.rows and not dora.per_output(part, shapes[part], target):
+            wrong = "its magnitude per input belongs to a fused layer, which is several here"
     return f"{path}: {wrong}" if wrong else None
 
 

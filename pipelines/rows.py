@@ -47,18 +47,12 @@ class Rows:
 
 
 def of_rows(layer: Layer, spans: Spans, whole: Shape) -> Layer:
-    """Give some outputs of a layer; low-rank factors stay such, the others share the work of the whole.
-
-    Raises:
-        ValueError: A magnitude per input belongs to the fused layer and cannot be cut by outputs.
-    """
+    """Give some outputs of a layer; low-rank factors stay such. Magnitudes count outputs (layers.py refuses others)."""
     if isinstance(layer, LowRank):
         bias = None if layer.bias is None else _take(layer.bias, spans)
         return replace(layer, up=_take(layer.up, spans), bias=bias)
-    if isinstance(layer, Decomposed) and layer.on_output:
-        return Decomposed(of_rows(layer.inner, spans, whole), _take(layer.magnitude, spans), True)
     if isinstance(layer, Decomposed):
-        raise ValueError("a magnitude per input counts the rows of all parts")
+        return Decomposed(of_rows(layer.inner, spans, whole), _take(layer.magnitude, spans), True)
     return Rows(layer, tuple(spans), whole)
 
 

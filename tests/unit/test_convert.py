@@ -72,6 +72,7 @@ def test_dora_and_tucker_go_over(tmp_path: Path) -> None:
         f"{conv}.lora_down.weight": torch.randn(2, 640, 1, 1, generator=rng),
         f"{conv}.lora_mid.weight": torch.randn(2, 2, 3, 3, generator=rng),
         f"{conv}.lora_up.weight": torch.randn(640, 2, 1, 1, generator=rng),
+        f"{conv}.dora_scale": torch.rand(640, 1, 1, 1, generator=rng) + 1,
     }
     save_file(tensors, tmp_path / "a.safetensors")
     made = convert(tmp_path / "a.safetensors", "diffusers", tmp_path / "b.safetensors")
@@ -83,7 +84,10 @@ def test_dora_and_tucker_go_over(tmp_path: Path) -> None:
         assert before is not None and after is not None and torch.allclose(before, after, atol=1e-4)
     back = convert(made.path, "kohya", tmp_path / "c.safetensors")
     again = load_file(back.path)
-    assert torch.equal(again[f"{LAYER}.dora_scale"], tensors[f"{LAYER}.dora_scale"])
+    for name in (LAYER, conv):
+        assert torch.equal(again[f"{name}.dora_scale"], tensors[f"{name}.dora_scale"])
+    magnitudes = {value.ndim: value.shape for name, value in load_file(made.path).items() if "magnitude" in name}
+    assert magnitudes == {1: (640,), 4: (1, 640, 1, 1)}, "as PEFT keeps them"
 
 
 def test_what_a_spelling_has_no_word_for_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from diffusers.loaders import single_file_utils
 from intarsia.pipelines.adapter_file import read_adapter
 from intarsia.pipelines.architectures import ModuleIndex, reference
 from intarsia.pipelines.attach import Attachment, attached
+from intarsia.pipelines.errors import AdapterError
 from intarsia.pipelines.identify import inspect
 from intarsia.pipelines.transformer_names import spellings
 from safetensors.torch import save_file
@@ -158,6 +159,15 @@ def test_a_fused_layer_of_any_kind_is_cut_by_rows(kind: str, tmp_path: Path) -> 
     with torch.no_grad(), attached({"transformer": model}, [Attachment("a", adapter)]):
         found = torch.cat([model.get_submodule(path)(x) for path in own], dim=1)
     assert torch.allclose(found, x @ changed.T + biases, atol=1e-5)
+
+
+def test_a_magnitude_per_input_of_a_fused_layer_is_refused_in_words(tmp_path: Path) -> None:
+    stem, (out, inside) = "lycoris_single_blocks_1_linear1", originals("flux1")["single_blocks.1.linear1"]
+    tensors = {"lora_down.weight": torch.ones(2, inside), "lora_up.weight": torch.ones(out, 2)}
+    tensors["dora_scale"] = torch.ones(1, inside)
+    save_file({f"{stem}.{part}": value for part, value in tensors.items()}, tmp_path / "a.safetensors")
+    with pytest.raises(AdapterError, match="magnitude per input belongs to a fused layer"):
+        read_adapter(tmp_path / "a.safetensors", shapes_of(flux()))
 
 
 def test_xlabs_names(tmp_path: Path) -> None:
