@@ -45,6 +45,7 @@ class Phase:
     batch: int
     pool: int  # pictures drawn and encoded ahead; drawn anew every `refresh` steps
     refresh: int
+    noisy: float = 2.0  # by which power of an even draw the timesteps stay below the noisiest one
 
 
 class LatentPool:
@@ -164,8 +165,9 @@ class Trainer:
         chosen = torch.randint(len(pool.latents), (batch,), generator=rng, device=device)
         clean = pool.latents[chosen].float()
         noise = torch.randn(clean.shape, generator=rng, device=device)
-        # Half of all draws fall on the noisiest quarter: there it is decided what is drawn, the rest is polish.
-        timesteps = 999 - (1000 * torch.rand(batch, generator=rng, device=device).square()).long()
+        # With 2, half of all draws fall on the noisiest quarter: there it is decided what is drawn. Even colours and
+        # clean edges are decided below the middle, and want 1 or less once the rest is learned.
+        timesteps = 999 - (1000 * torch.rand(batch, generator=rng, device=device) ** phase.noisy).long()
         dropped = torch.rand(batch, generator=rng, device=device) < 0.1
         told = torch.rand(batch, generator=rng, device=device) < 0.5  # the pooled text; see below
         a, s = (table[timesteps][:, None, None, None] for table in (self.signal, self.noise))
@@ -308,8 +310,8 @@ def main() -> None:
     if device.type == "cuda":
         parts.unet.to(memory_format=torch.channels_last)
     phases = (
-        Phase(128, given.small_steps, given.small_batch, given.pool, given.refresh),
-        Phase(256, given.steps, given.batch, given.pool, given.refresh),
+        Phase(128, given.small_steps, given.small_batch, given.pool, given.refresh, given.noisy),
+        Phase(256, given.steps, given.batch, given.pool, given.refresh, given.noisy),
     )
     trainer = Trainer(parts, phases, given.learning_rate, given.seed, given.work, given.cooldown, given.binding)
     trainer.load()
@@ -392,6 +394,7 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=8e-4)
     parser.add_argument("--cooldown", type=float, default=0.2, help="share of all steps in which the rate comes down")
     parser.add_argument("--binding", type=float, default=0.05, help="weight of the loss that binds names to places")
+    parser.add_argument("--noisy", type=float, default=2.0, help="above 1 noisy timesteps prevail, below 1 clean ones")
     return parser
 
 
