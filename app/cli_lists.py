@@ -11,6 +11,7 @@ import typer
 
 from . import present
 from .cli_console import Console, guarded, table
+from .cli_tools import add_tools
 from .studio import Studio
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def add_adapters(app: typer.Typer) -> None:
     group.command("inspect", help="Say what an adapter file holds.")(_inspect)
     group.command("convert", help="Write an adapter file in another trainer's spelling.")(_convert)
     group.command("remove", help="Remove an adapter from the library.")(_remove)
+    add_tools(group)
 
 
 def _import(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,17 @@ from ..pipelines.errors import InputError
 from ..pipelines.events import Artifact, CancelToken, Event, Failed, Stopped
 from ..pipelines.options import describe
 from ..pipelines.picture import open_picture
-from ..pipelines.requests import AdapterUse, GenerateRequest, TrainingPicture, TrainRequest
+from ..pipelines.requests import AdapterUse, AnyRequest, GenerateRequest, TrainRequest, TrainingPicture
 from . import present
 from .cli_console import Console, complain, guarded, stopping
 from .cli_flags import command, flag, flags, given_values
 from .studio import Job, Studio
 
 MACHINE = flag("machine", bool, "Write events and the result as lines of JSON.", "--json")
+ADAPTER = (
+    "Library name or file, with :WEIGHT if not 1; may be repeated. Parts of it may have factors of their own, and it may "
+    "act in a part of the denoising alone: NAME:0.8@unet.up_blocks.0=0.5,text_encoder=0@0-0.6"
+)
 GENERATE = tuple(info for info in describe(GenerateRequest) if info.name not in ("kind", "adapters"))
 TRAIN = tuple(info for info in describe(TrainRequest) if info.name in ("model", "name", "seed"))
 
@@ -29,7 +33,7 @@ def add_generate(app: typer.Typer) -> None:
     """Register `generate`."""
     parameters = [
         *flags(GENERATE),
-        flag("adapter", list[str], "Library name or file, with :WEIGHT if not 1; may be repeated.", shown="NAME"),
+        flag("adapter", list[str], ADAPTER, shown="NAME"),
         flag("out", Path, "Where to write the picture; several are numbered.", shown="FILE"),
         MACHINE,
     ]
@@ -43,10 +47,10 @@ def add_generate(app: typer.Typer) -> None:
             request = GenerateRequest.parse(values)
             out = _writable_target(given["out"])
             with Studio() as studio:
-                job, final, made = _work(studio, request, console)
+                job, final, made = work(studio, request, console)
                 pictures = _copy_out(made.get("picture", []), out)
                 report = {"seed": _request_of(studio, job).seed, "pictures": pictures}
-                _end(console, job, final, report, "\n".join(pictures))
+                end(console, job, final, report, "\n".join(pictures))
 
 
 def add_train(app: typer.Typer) -> None:
@@ -80,10 +84,10 @@ def _add_recipe(group: typer.Typer, name: str, title: str, options: type[Any]) -
         with guarded(console), Studio() as studio:
             values = given_values(TRAIN, given) | {"recipe": name, "options": given_values(own, given)}
             request, parent = _training_request(studio, values, given)
-            job, final, made = _work(studio, request, console, parent)
+            job, final, made = work(studio, request, console, parent)
             adapters = [{"name": item.label, "path": item.path} for item in made.get("adapter", [])]
             names = ", ".join(item["name"] for item in adapters)
-            _end(console, job, final, {"adapters": adapters}, f"In the library: {names}")
+            end(console, job, final, {"adapters": adapters}, f"In the library: {names}")
 
 
 def _training_request(studio: Studio, values: dict[str, Any], given: Mapping[str, Any]) -> tuple[TrainRequest, str]:
@@ -125,10 +129,18 @@ def _job_meant(studio: Studio, text: str) -> str:
     return ""
 
 
-def _work(
-    studio: Studio, request: GenerateRequest | TrainRequest, console: Console, parent: str = ""
+def work(
+    studio: Studio,
+    request: AnyRequest,
+    console: Console,
+    parent: str = "",
+    seen: Callable[[Event], None] = lambda event: None,
 ) -> tuple[Job, Event, dict[str, list[Artifact]]]:
-    """Do a job in this process and show it; gives the job, its last event and its results by kind."""
+    """Do a job in this process and show it; gives the job, its last event and its results by kind.
+
+    Args:
+        seen: Called with each event once it is shown.
+    """
     token = CancelToken()
     made: dict[str, list[Artifact]] = {}
     job = studio.begin(request, parent)
@@ -139,12 +151,13 @@ def _work(
                 made.setdefault(event.kind, []).append(event)
             if console.machine or not isinstance(event, Failed):  # a failure is told once, at the end
                 console.show(event)
+            seen(event)
             final = event
     assert final is not None
     return studio.job(job.id), final, made
 
 
-def _end(console: Console, job: Job, final: Event, report: dict[str, Any], text: str) -> None:
+def end(console: Console, job: Job, final: Event, report: dict[str, Any], text: str) -> None:
     """Write the outcome of a job and leave with its exit code."""
     value: dict[str, Any] = {"job": job.id, "state": job.state, **report}
     if isinstance(final, Failed):

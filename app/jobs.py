@@ -20,18 +20,18 @@ from pydantic import TypeAdapter
 
 from ..pipelines.errors import InputError
 from ..pipelines.events import EVENT, Done, Event, Failed, Interrupted, Stopped
-from ..pipelines.requests import GenerateRequest, Request, TrainRequest
+from ..pipelines.requests import AnyRequest, Request, TrainRequest
 from ..training.checkpoint import resumable
 from .processes import is_alive, this_process
 from .settings import Home
 
 JobState = Literal["queued", "running", "done", "stopped", "failed", "interrupted"]
-JobKind = Literal["generate", "train"]
+JobKind = Literal["generate", "train", "tool"]
 FINAL_STATES: tuple[JobState, ...] = ("done", "stopped", "failed", "interrupted")
 LEASE = 4.0  # seconds a heartbeat is good for
 PATIENCE = 30.0  # seconds of silence after which even a living owner counts as hung (a long library load is silent)
 ANY_DEVICE = "auto"
-REQUEST: TypeAdapter[GenerateRequest | TrainRequest] = TypeAdapter(Request)
+REQUEST: TypeAdapter[AnyRequest] = TypeAdapter(Request)
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -62,7 +62,7 @@ class Job:
 
     id: str
     kind: JobKind
-    request: GenerateRequest | TrainRequest
+    request: AnyRequest
     state: JobState
     device: str
     created: float
@@ -110,7 +110,7 @@ class JobStore:
 
     def submit(
         self,
-        request: GenerateRequest | TrainRequest,
+        request: AnyRequest,
         *,
         parent: str = "",
         device: str = ANY_DEVICE,
@@ -164,7 +164,7 @@ class JobStore:
             ).fetchall()
         return self._job(row[0]) if row else None
 
-    def set_request(self, job_id: str, request: GenerateRequest | TrainRequest) -> None:
+    def set_request(self, job_id: str, request: AnyRequest) -> None:
         """Replace the request by its completed form (drawn seed, adapter hashes)."""
         with self._write() as db:
             db.execute("UPDATE jobs SET request = ? WHERE id = ?", (request.to_json(), job_id))

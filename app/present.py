@@ -24,7 +24,7 @@ from ..pipelines.events import (
     Stage,
     Stopped,
 )
-from ..pipelines.requests import GenerateRequest, TrainRequest
+from ..pipelines.requests import AnyRequest, ToolRequest, TrainRequest
 
 EXIT_DONE, EXIT_BUG, EXIT_PERSON, EXIT_STOPPED = 0, 1, 2, 130
 
@@ -154,10 +154,12 @@ def fraction(event: Event) -> float | None:
     return 1.0 if isinstance(event, Done) else None
 
 
-def title(request: GenerateRequest | TrainRequest) -> str:
+def title(request: AnyRequest) -> str:
     """Name a job by what was asked for."""
     if isinstance(request, TrainRequest):
         return f"{request.recipe} training: {request.name}"
+    if isinstance(request, ToolRequest):
+        return f"{request.tool}: {', '.join(use.adapter for use in request.adapters) or request.name}"
     prompt = request.prompt.strip() or "(no prompt)"
     return prompt if len(prompt) <= 60 else prompt[:57] + "..."
 

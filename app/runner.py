@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..pipelines.errors import Cancelled, IntarsiaError, MemoryLimitError
 from ..pipelines.events import Artifact, CancelToken, Done, Event, Failed, Interrupted, Notice, Stage, Stopped
-from ..pipelines.requests import GenerateRequest, TrainRequest
+from ..pipelines.requests import GenerateRequest, ToolRequest, TrainRequest
 from .jobs import Job, JobStore, checkpoint_of
 from .present import full_disk
 from .recorder import Recorder
@@ -50,6 +50,8 @@ class Runner:
         try:
             if isinstance(job.request, GenerateRequest):
                 yield from self._generate(job, job.request, token)
+            elif isinstance(job.request, ToolRequest):
+                yield from self._tool(job, job.request, token)
             else:
                 yield from self._train(job, job.request, token)
         except Cancelled:
@@ -114,6 +116,15 @@ class Runner:
                 continue
             if isinstance(event, Artifact) and event.kind == "sample":
                 sample = Path(event.path)
+            yield event
+
+    def _tool(self, job: Job, request: ToolRequest, token: CancelToken) -> Iterator[Event]:
+        from .tool_work import work
+
+        for event in work(request, self._shelf, job.folder, token):
+            if isinstance(event, Artifact) and event.kind == "adapter" and not request.out:
+                yield from self._shelve(job, event, None)
+                continue
             yield event
 
     def _shelve(self, job: Job, made: Artifact, picture: Path | None) -> Iterator[Event]:

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from ..pipelines.errors import InputError
 from ..pipelines.events import FINAL, CancelToken, Event
-from ..pipelines.requests import MAX_SEED, GenerateRequest, TrainingPicture, TrainRequest
+from ..pipelines.requests import MAX_SEED, AnyRequest, GenerateRequest, ToolRequest, TrainingPicture, TrainRequest
 from ..training.recipe import TrainingRecipe, recipes
 from .jobs import Job, JobKind, JobState, JobStore, checkpoint_of
+from .library_entry import Change, Query
 from .processes import this_process
 from .settings import Home
 
 if TYPE_CHECKING:
+    from ..pipelines.block_groups import BlockGroup
     from ..pipelines.convert import Converted
     from ..pipelines.identify import Report
     from ..pipelines.picture import Restored
+    from ..pipelines.tool import Tool
     from .doctor import Check
     from .evaluation.bench import Bench
+    from .library_entry import Outcome
     from .model_list import ModelInfo
     from .shelf import Entry, Shelf
     from .watchdog import Watchdog
 
-__all__ = ["Job", "JobKind", "JobState", "Studio"]
+__all__ = ["Change", "Job", "JobKind", "JobState", "Query", "Studio"]
 
 POLL = 0.1  # seconds between two looks at a job's events
 REAP_EVERY = 0.5
@@ -72,7 +76,7 @@ class Studio:
 
     # Jobs
 
-    def submit(self, request: GenerateRequest | TrainRequest) -> Job:
+    def submit(self, request: AnyRequest) -> Job:
         """Check a request cheaply, complete it (seed) and queue it.
 
         Raises:
@@ -80,7 +84,7 @@ class Studio:
         """
         return self.store.submit(self._checked(request))
 
-    def begin(self, request: GenerateRequest | TrainRequest, parent: str = "") -> Job:
+    def begin(self, request: AnyRequest, parent: str = "") -> Job:
         """Check a request and record it as a job that this process does itself, with `carry_out`."""
         return self.store.submit(self._checked(request), owner=this_process(), parent=parent)
 
@@ -90,7 +94,7 @@ class Studio:
 
         return run_here(self.store, self.shelf, job, token or CancelToken())
 
-    def run(self, request: GenerateRequest | TrainRequest, token: CancelToken | None = None) -> Iterator[Event]:
+    def run(self, request: AnyRequest, token: CancelToken | None = None) -> Iterator[Event]:
         """Do a job in this process, recorded in the store like any other; ends with its final event.
 
         Raises:
@@ -197,9 +201,29 @@ class Studio:
         number where it is taken.
         """
         entry = self.shelf.add(path, name=name, replace=replace, numbered=name is None)
-        if len(entry.halves) == 2 and not any(other.group == entry.name for other in self.shelf.entries()):
-            self.shelf.split(entry.name)
+        self._split(entry)
         return entry
+
+    def import_adapters(self, paths: Iterable[Path]) -> Iterator[Outcome]:
+        """Import many files and what folders hold; a refused one keeps no other out, and tells why."""
+        for outcome in self.shelf.add_all(paths):
+            if outcome.entry is not None:
+                self._split(outcome.entry)
+            yield outcome
+
+    def _split(self, entry: Entry) -> None:
+        if len(entry.halves) == 2 and not self.shelf.group(entry.name):
+            self.shelf.split(entry.name)
+
+    def block_groups(self, name: str) -> tuple[BlockGroup, ...]:
+        """Say which parts of a model an entry of the library, or a file, changes.
+
+        Raises:
+            AdapterError: There is no such adapter, or it cannot be read.
+        """
+        from ..pipelines.block_groups import groups_of_file
+
+        return groups_of_file(self.shelf.find(name).path)
 
     def models(self) -> list[ModelInfo]:
         """List the models that are at hand: Mini, those in the home's `models` folder, those used before."""
@@ -219,24 +243,32 @@ class Studio:
         return recipes()
 
     @staticmethod
+    def tools() -> dict[str, Tool[Any]]:
+        """Everything that can be done with adapter files, by name."""
+        from ..pipelines.tool import tools
+
+        return tools()
+
+    @staticmethod
     def benches() -> dict[str, Bench[Any]]:
         """Every way to measure a model, by name."""
         from .evaluation.bench import benches
 
         return benches()
 
-    def inspect(self, name_or_path: str | Path, model: str = "") -> Report:
+    def inspect(self, name_or_path: str | Path, model: str = "", family: str = "") -> Report:
         """Say everything about a library entry or an adapter file that is not in the library.
 
         Args:
             name_or_path: Which.
             model: Whose modules to match it with; "" for the family's usual ones.
+            family: Hold it against this one, whatever the file seems to be.
         """
         from ..pipelines.identify import inspect
         from ..pipelines.sources import resolve, unet_shapes
 
         if not model:
-            return self.shelf.inspect(name_or_path)
+            return self.shelf.inspect(name_or_path, family)
         path = Path(name_or_path).expanduser()
         return inspect(path if path.is_file() else self.shelf.find(name_or_path).path, unet_shapes(resolve(model)))
 
@@ -266,9 +298,11 @@ class Studio:
 
     # Inside
 
-    def _checked(self, request: GenerateRequest | TrainRequest) -> GenerateRequest | TrainRequest:
+    def _checked(self, request: AnyRequest) -> AnyRequest:
         from ..pipelines.sources import resolve
 
+        if isinstance(request, ToolRequest):
+            return self._checked_tool(request)
         source = resolve(request.model)
         if isinstance(request, GenerateRequest):
             for use in request.adapters:
@@ -277,6 +311,20 @@ class Studio:
                 request = request.model_copy(update={"seed": random.SystemRandom().randint(0, MAX_SEED)})
             return request
         return self._checked_training(request, source.family)
+
+    def _checked_tool(self, request: ToolRequest) -> ToolRequest:
+        tool = self.tools().get(request.tool)
+        if tool is None:
+            raise InputError(f"There is no tool {request.tool!r}.", f"Tools: {', '.join(self.tools())}.")
+        tool.check(request.adapters)
+        for use in request.adapters:
+            self.shelf.find(use.adapter)
+        if tool.makes != "nothing" and not (request.dry or request.name or request.out):
+            raise InputError("The result needs a name.", "Give one, or a file to write to.")
+        if tool.makes == "model" and not (request.dry or request.out):
+            raise InputError("A model is written to a place of its own.", "Say where with --out.")
+        options = tool.options.parse(request.options)
+        return request.model_copy(update={"options": options.model_dump(mode="json")})
 
     def _checked_training(self, request: TrainRequest, family: str) -> TrainRequest:
         recipe = self.recipes().get(request.recipe)

@@ -21,7 +21,7 @@ from .dora import Decomposed, magnitude_of, per_output
 from .errors import AdapterError
 from .headers import Header, read_header
 from .identify import HALVES, Report, inspect, yardstick
-from .layers import PEFT_KEY, LayerNames, alphas, collect
+from .layers import PEFT_KEY, LayerNames, alphas, collect, misfit
 from .rows import of_rows
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ def read_adapter(path: Path, shapes: Mapping[str, Shape] | None = None) -> Adapt
             f"{path.name}: {len(found.unmatched)} of {found.modules} layers are unknown: {names}.",
             "Read it together with the model it was made for.",
         )
+    cut = [
+        problem for name, names in found.layers.items() if names.piece.rows and (problem := misfit(header, name, names))
+    ]
+    if cut:  # which rows are whose is known for the model it was made for alone
+        raise AdapterError(f"{path.name}: {cut[0]}.", "Read it together with the model it was made for.")
     scales, _ = alphas(header, found)
     layers = {name: _layer(header, names, scales.get(name)) for name, names in found.layers.items()}
     return _adapter(report, layers)
@@ -132,11 +137,17 @@ def write_adapter(
         raise AdapterError("There are no layers to write.", "Train at least one step first.")
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in layers.items():
-        for part, tensor in (("lora_A", layer.down), ("lora_B", layer.up)):
+        for part, tensor in (
+            ("lora_A.weight", layer.down),
+            ("lora_B.weight", layer.up),
+            ("lora_B.bias", layer.bias),
+        ):
+            if tensor is None:
+                continue
             value = tensor.detach().to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
             if not value.isfinite().all():
                 raise AdapterError(f"{name} holds NaN or infinity; nothing was written.", "Lower the learning rate.")
-            tensors[f"{name}.{part}.weight"] = value
+            tensors[f"{name}.{part}"] = value
     write_tensors(
         path,
         tensors,
@@ -190,6 +201,8 @@ def peft_configuration(layers: Mapping[str, LowRank]) -> dict[str, Any]:
             "alpha_pattern": {name: _whole(layer.alpha) for name, layer in mine.items() if layer.alpha != alpha},
             "target_modules": sorted(mine),
         }
+        if any(layer.bias is not None for layer in mine.values()):
+            values["lora_bias"] = True
         result.update({f"{component}.{key}": value for key, value in values.items()})
     return result
 

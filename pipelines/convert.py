@@ -6,11 +6,12 @@ into the first factor (rounding alone is lost, and told).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .adapter_file import PEFT_KEY, peft_configuration, write_tensors
 from .adapter_types import LowRank
@@ -19,6 +20,7 @@ from .errors import AdapterError
 from .headers import read_header
 from .identify import inspect, yardstick
 from .layers import LayerNames, alphas, collect
+from .verdict import first
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,8 +63,6 @@ def convert(path: Path, to: Dialect, out: Path) -> Converted:
         AdapterError: The file cannot be used, is for a family this spelling has no names for, or holds what it has none
             for.
     """
-    from safetensors import safe_open
-
     report = inspect(path)
     report.require_usable()
     if report.family not in TEXT:
@@ -73,11 +73,14 @@ def convert(path: Path, to: Dialect, out: Path) -> Converted:
     header = read_header(path)
     found = collect(header, yardstick(report.yardstick))
     if found.unmatched:
-        raise AdapterError(f"{path.name} holds {len(found.unmatched)} layers that are not known: {found.unmatched[0]}.")
+        raise AdapterError(
+            f"{path.name} holds {len(found.unmatched)} layers that are not known: {first(found.unmatched)}.",
+            "Only files whose every layer is known are written anew.",
+        )
     values, _ = alphas(header, found)
     tensors: dict[str, Tensor] = {}
     lost: list[str] = []
-    with safe_open(path, "pt") as file:
+    with _opened(path) as file:
         for layer, names in found.layers.items():
             stem = kohya_name(layer, report.family) if to == "kohya" else layer
             parts = {part: file.get_tensor(name) for part, name in names.parts.items()}
@@ -90,6 +93,18 @@ def convert(path: Path, to: Dialect, out: Path) -> Converted:
         lost.append(f"its learned words {', '.join(words)} stay behind")
     write_tensors(out, tensors, texts)
     return Converted(out, to, len(found.layers), tuple(dict.fromkeys(lost)))
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Any]:
+    """The file in the hands of the official reader, which keeps every type as it is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise AdapterError(f"{path.name} cannot be read: {error}.", "Download it again.") from None
 
 
 def kohya_name(path: str, family: str) -> str:
@@ -150,12 +165,15 @@ def _configuration(tensors: Mapping[str, Tensor], values: Mapping[str, float]) -
     import json
 
     layers = {
-        path: LowRank(tensors[f"{path}.lora_A.weight"], tensors[f"{path}.lora_B.weight"], alpha)
+        path: LowRank(
+            tensors[f"{path}.lora_A.weight"],
+            tensors[f"{path}.lora_B.weight"],
+            alpha,
+            tensors.get(f"{path}.lora_B.bias"),
+        )
         for path, alpha in values.items()
     }
     told = peft_configuration(layers)
     if any(name.endswith("lora_magnitude_vector") for name in tensors):
         told |= {f"{component}.use_dora": True for component in {path.split(".")[0] for path in layers}}
-    if any(name.endswith("lora_B.bias") for name in tensors):
-        told |= {f"{component}.lora_bias": True for component in {path.split(".")[0] for path in layers}}
     return {PEFT_KEY: json.dumps(told, sort_keys=True)}

@@ -61,10 +61,10 @@ class Notice(_Event):
 
 
 class Artifact(_Event):
-    """A result that was saved: a picture, an adapter that entered the library, the page of an evaluation."""
+    """A result that was saved: a picture, an adapter that entered the library, a report."""
 
     type: Literal["artifact"] = "artifact"
-    kind: Literal["picture", "adapter", "sample", "checkpoint", "report"]
+    kind: Literal["picture", "adapter", "model", "sample", "checkpoint", "report"]
     path: str
     label: str = ""
     step: int = 0

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .errors import InputError
 from .options import Options, option
 
 SCHEDULERS = Literal[
     "default", "euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_karras", "ddim", "heun", "unipc", "lcm"
 ]
 MAX_SEED = 2**32 - 1
+NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
+RANGE = re.compile(rf"(.*)@({NUMBER})-({NUMBER})", re.DOTALL)
+PARTS = re.compile(r"(.*)@([\w.]+=[^@/\\]*)", re.DOTALL)
+WRITTEN = "Write such as NAME:0.8@unet.up_blocks.0=0.5,text_encoder=0@0-0.6."
 
 
 class AdapterUse(Options):
@@ -29,17 +35,46 @@ class AdapterUse(Options):
 
     @classmethod
     def read(cls, text: str) -> AdapterUse:
-        """Read `NAME_OR_FILE[:weight]`.
+        """Read `NAME_OR_FILE[:weight][@part=factor,...][@first-last]`.
 
         Raises:
-            InputError: The weight is out of bounds.
+            InputError: A number is none or out of bounds.
         """
+        values: dict[str, Any] = {}
+        if found := RANGE.fullmatch(text):
+            text, values["first"], values["last"] = found[1], float(found[2]), float(found[3])
+        if found := PARTS.fullmatch(text):
+            text, values["blocks"] = found[1], dict(_factor(part) for part in found[2].split(","))
         name, colon, tail = text.rpartition(":")
         try:
-            weight = float(tail)
+            values |= {"weight": float(tail)} if colon else {}
         except ValueError:
-            return cls.parse({"adapter": text})
-        return cls.parse({"adapter": name, "weight": weight} if colon else {"adapter": text})
+            name = text
+        return cls.parse({"adapter": name if colon else text, **values})
+
+    @property
+    def spelled(self) -> str:
+        """What `read` reads, with nothing in it that is as usual."""
+        parts = ",".join(f"{start}={_written(factor)}" for start, factor in self.blocks.items())
+        span = (self.first, self.last)
+        return (
+            self.adapter
+            + (f":{_written(self.weight)}" if self.weight != 1 or ":" in self.adapter else "")
+            + (f"@{parts}" if parts else "")
+            + (f"@{_written(span[0])}-{_written(span[1])}" if span != (0, 1) else "")
+        )
+
+
+def _written(number: float) -> str:
+    return str(int(number)) if number == int(number) else repr(number)
+
+
+def _factor(text: str) -> tuple[str, float]:
+    start, _, number = text.partition("=")
+    try:
+        return start, float(number)
+    except ValueError:
+        raise InputError(f"{text!r} is no part of an adapter with its factor.", WRITTEN) from None
 
 
 class GenerateRequest(Options):
@@ -83,4 +118,18 @@ class TrainRequest(Options):
     resume_from: str = ""  # folder of the checkpoint of an earlier run
 
 
-Request = Annotated[GenerateRequest | TrainRequest, Field(discriminator="kind")]
+class ToolRequest(Options):
+    """Do something with adapter files; `options` are those of the tool's own class."""
+
+    kind: Literal["tool"] = "tool"
+    tool: str
+    adapters: tuple[AdapterUse, ...] = ()
+    name: str = option("", label="Name", help="Name of the result in the library.", high=80)
+    out: str = ""  # file or folder to write to, instead of the library
+    dry: bool = option(False, label="Only look", help="Show the error it would introduce and write nothing.")
+    seed: int = option(0, label="Seed", help="Everything random follows from it.", low=0, high=MAX_SEED)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+AnyRequest = GenerateRequest | TrainRequest | ToolRequest
+Request = Annotated[AnyRequest, Field(discriminator="kind")]

@@ -31,7 +31,7 @@ VAE = [
 
 def single_file(folder: Path, family: str, path: Path, layers_per_block: int) -> Path:
     """Write the weights of a tiny "sd15" or "sdxl" folder into one file."""
-    tensors = {f"model.diffusion_model.{k}": v for k, v in _unet(_read(folder / "unet"), layers_per_block)}
+    tensors = {f"model.diffusion_model.{k}": v for k, v in stability_names(_read(folder / "unet"), layers_per_block)}
     tensors |= {f"first_stage_model.{k}": v for k, v in _vae(_read(folder / "vae"))}
     front = "cond_stage_model." if family == "sd15" else "conditioner.embedders.0."
     for name, value in _read(folder / "text_encoder").items():
@@ -46,7 +46,8 @@ def _read(folder: Path) -> dict[str, Tensor]:
     return load_file(next(folder.glob("*.safetensors")))
 
 
-def _unet(weights: dict[str, Tensor], layers: int) -> Iterator[tuple[str, Tensor]]:
+def stability_names(weights: dict[str, Tensor], layers: int) -> Iterator[tuple[str, Tensor]]:
+    """A UNet's weights under Stability's names; `layers` are the resnets of a down block."""
     attentive = {match[1] for name in weights if (match := re.match(r"up_blocks\.(\d)\.attentions", name))}
     for name, value in weights.items():
         stem, _, kind = name.rpartition(".")

@@ -1,0 +1,1 @@
+"""The tools for adapter files, found by discovery: one file each, which defines `TOOL`."""
