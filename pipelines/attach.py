@@ -54,7 +54,9 @@ class _Site:
         self.module = module
         self.branches: dict[str, tuple[Layer, float]] = {}  # with the factor of its block
         self._key: tuple[object, ...] = ()
-        self._thin: tuple[Tensor, Tensor] | None = None
+        self._ready: dict[str, tuple[Tensor, Tensor]] = {}  # factors of each adapter where and as the layer computes
+        self._kind: tuple[torch.device, torch.dtype] | None = None
+        self._thin: tuple[Tensor, Tensor, float] | None = None
         self._dense: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def reset(self) -> None:
@@ -75,33 +77,44 @@ class _Site:
         return output
 
     def _prepare(self, strengths: Mapping[str, float], like: Tensor) -> None:
-        """Put all active branches side by side, in the layer's dtype, the strength folded in.
+        """Put all active branches side by side, in the layer's dtype.
 
-        Low-rank ones give `(ranks, in, ...)` and `(out, ranks, ...)`; all others one difference of weight and bias,
-        which takes as much memory as the layer itself.
+        Low-rank ones give `(ranks, in, ...)`, `(out, ranks, ...)` and a factor; a single one as it is, so that
+        switching adapters copies nothing. All others give one difference of weight and bias, which takes as much memory
+        as the layer itself.
         """
         key = (like.device, like.dtype)
         if key == self._key:
             return
-        strong = ((layer, factor * strengths.get(name, 0)) for name, (layer, factor) in self.branches.items())
-        active = [(layer, strength) for layer, strength in strong if strength]
-        thin = [(layer, strength) for layer, strength in active if isinstance(layer, LowRank)]
-        changes = [(layer.bias, strength * layer.scale) for layer, strength in thin if layer.bias is not None]
+        if key != self._kind:
+            self._ready, self._kind = {}, key
+        thin: list[tuple[Tensor, Tensor, float]] = []
+        changes: list[tuple[Tensor, float]] = []
         weights: list[Tensor] = []
-        for layer, strength in active:
-            if not isinstance(layer, LowRank):
+        for name, (layer, factor) in self.branches.items():
+            strength = factor * strengths.get(name, 0)
+            if not strength:
+                continue
+            if isinstance(layer, LowRank):
+                thin.append((*self._factors(name, layer, like), strength * layer.scale))
+                changes += [] if layer.bias is None else [(layer.bias, strength * layer.scale)]
+            else:
                 with torch.no_grad():
                     change = layer.change(self.module.weight.detach(), self.module.bias)
                 weights += [] if change.weight is None else [strength * change.weight]
                 changes += [] if change.bias is None else [(change.bias, strength)]
-        self._thin = None
-        if thin:
-            down = torch.cat([layer.down.to(like.device) for layer, _ in thin])
-            up = torch.cat([layer.up.to(like.device) * (strength * layer.scale) for layer, strength in thin], dim=1)
-            self._thin = down.to(like.dtype), up.to(like.dtype)
+        self._thin = thin[0] if len(thin) == 1 else None
+        if len(thin) > 1:
+            ups = torch.cat([up * scale for _, up, scale in thin], dim=1)
+            self._thin = torch.cat([down for down, _, _ in thin]), ups, 1.0
         biases = [strength * bias.to(like.device, torch.float32) for bias, strength in changes]
         self._dense = _sum(weights, like), _sum(biases, like)
         self._key = key
+
+    def _factors(self, name: str, layer: LowRank, like: Tensor) -> tuple[Tensor, Tensor]:
+        if name not in self._ready:
+            self._ready[name] = layer.down.to(like.device, like.dtype), layer.up.to(like.device, like.dtype)
+        return self._ready[name]
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Do to `x` what the layer does, with another weight and bias."""
@@ -114,13 +127,13 @@ class _Site:
             return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
         return _convolve(layer, x, weight, bias)
 
-    def _add_thin(self, output: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    def _add_thin(self, output: Tensor, x: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
         """Add low-rank factors; a convolution's stride, padding and dilation are those of its layer."""
         if isinstance(self.module, nn.Linear):
             inner = F.linear(x, down).reshape(-1, down.shape[0])  # (tokens, ranks)
-            return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.T).view(output.shape)
+            return torch.addmm(output.reshape(-1, up.shape[0]), inner, up.T, alpha=scale).view(output.shape)
         assert isinstance(self.module, nn.Conv2d)
-        return output + F.conv2d(_convolve(self.module, x, down), up)
+        return output + F.conv2d(scale * _convolve(self.module, x, down), up)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -142,7 +155,7 @@ class Branches:
     Args:
         sites: Every touched layer.
         weights: Weight by adapter name.
-        matched: By adapter name, a line that says how many of its modules matched: all, or attaching has failed.
+        matched: As in `Fitted`.
     """
 
     def __init__(self, sites: Sequence[_Site], weights: Mapping[str, float], matched: Mapping[str, str]) -> None:
@@ -196,6 +209,42 @@ class Branches:
                 site.reset()
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """Adapters and the layers of a model they change.
+
+    Args:
+        layers: Each layer with the adapters that change it and the canonical path they have it under.
+        matched: By adapter name, a line that says how many of its modules matched: all, or fitting has failed.
+    """
+
+    layers: Sequence[tuple[Target, Sequence[tuple[Attachment, str]]]]
+    matched: Mapping[str, str]
+
+
+def fitted(components: Mapping[str, nn.Module], attachments: Sequence[Attachment]) -> Fitted:
+    """Find every layer of every adapter in a model, and touch nothing.
+
+    Raises:
+        AdapterError: An adapter does not fit (with counts and the first three names), or two share a name.
+    """
+    _check_weights({attachment.name: attachment.weight for attachment in attachments})
+    for attachment in attachments:
+        _check_parts(attachment)
+    layers: dict[int, tuple[Target, list[tuple[Attachment, str]]]] = {}
+    matched: dict[str, str] = {}
+    for attachment in attachments:
+        if attachment.name in matched:
+            raise AdapterError(f"{attachment.name} is attached twice.", "Give it once, with the sum of the weights.")
+        found = _targets(components, attachment)
+        for path, module in found.items():
+            layers.setdefault(id(module), (module, []))[1].append((attachment, path))
+        matched[attachment.name] = (
+            f"{attachment.name}: {len(found)} of {len(attachment.adapter.layers)} modules matched"
+        )
+    return Fitted(tuple(layers.values()), matched)
+
+
 @contextmanager
 def attached(components: Mapping[str, nn.Module], attachments: Sequence[Attachment]) -> Generator[Branches]:
     """Hang adapters on a model for the length of a `with` block.
@@ -210,26 +259,18 @@ def attached(components: Mapping[str, nn.Module], attachments: Sequence[Attachme
     Raises:
         AdapterError: An adapter does not fit (with counts and the first three names), or two share a name.
     """
-    _check_weights({attachment.name: attachment.weight for attachment in attachments})
-    for attachment in attachments:
-        _check_parts(attachment)
-    sites: dict[int, _Site] = {}
-    matched: dict[str, str] = {}
-    for attachment in attachments:
-        if attachment.name in matched:
-            raise AdapterError(f"{attachment.name} is attached twice.", "Give it once, with the sum of the weights.")
-        found = _targets(components, attachment)
-        for name, module in found.items():
-            site = sites.setdefault(id(module), _Site(module))
-            site.branches[attachment.name] = _shaped(attachment.adapter.layers[name], module), attachment.factor(name)
-        matched[attachment.name] = (
-            f"{attachment.name}: {len(found)} of {len(attachment.adapter.layers)} modules matched"
-        )
+    found = fitted(components, attachments)
+    sites: list[_Site] = []
+    for module, uses in found.layers:
+        sites.append(_Site(module))
+        for attachment, path in uses:
+            layer = _shaped(attachment.adapter.layers[path], module)
+            sites[-1].branches[attachment.name] = layer, attachment.factor(path)
     weights = {attachment.name: attachment.weight for attachment in attachments}
-    branches = Branches(tuple(sites.values()), weights, matched)
+    branches = Branches(tuple(sites), weights, found.matched)
     handles: list[RemovableHandle] = []
     try:
-        for site in sites.values():
+        for site in sites:
             handles.append(site.module.register_forward_hook(_hook(branches, site)))
         yield branches
     finally:

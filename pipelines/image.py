@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -60,13 +60,10 @@ def generate(
     with ExitStack() as stack:
         stack.callback(model.rest)
         if attachments:
-            from .attach import attached
-            from .step_ranges import StepRanges
-
             yield Stage(name="attach", detail=", ".join(attachment.name for attachment in attachments))
-            branches = stack.enter_context(attached(model.components, attachments))
-            hooks = (StepRanges(branches, attachments), *hooks)
-            for text in branches.matched.values():
+            matched, more = _put_on(stack, request, model, attachments)
+            hooks = (*more, *hooks)
+            for text in matched.values():
                 yield Notice(text=f"{text}.")
         token.check()
         yield Stage(name="encode", detail=request.prompt[:80])
@@ -94,6 +91,21 @@ def generate(
             path = save(image, out, single)
             yield Artifact(kind="picture", path=str(path), label=f"seed {single.seed}", step=number)
     yield Metric(name="memory", value=float(peak_memory(model.device)), step=request.count)
+
+
+def _put_on(
+    stack: ExitStack, request: GenerateRequest, model: Model, attachments: Sequence[Attachment]
+) -> tuple[Mapping[str, str], tuple[StepHook, ...]]:
+    """Merge the adapters or hang them on, until the stack is left; gives what matched, and the hooks they need."""
+    if request.merge:
+        from .merged import merged
+
+        return stack.enter_context(merged(model.components, attachments)), ()
+    from .attach import attached
+    from .step_ranges import StepRanges
+
+    branches = stack.enter_context(attached(model.components, attachments))
+    return branches.matched, (StepRanges(branches, attachments),)
 
 
 def render(

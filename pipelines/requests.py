@@ -95,6 +95,11 @@ class GenerateRequest(Options):
     )
     count: int = option(1, label="Pictures", help="How many, with seeds counted up.", low=1, high=64)
     scheduler: SCHEDULERS = option("default", label="Scheduler", help="Sampler; default is the model's own.")
+    merge: bool = option(
+        False,
+        label="Merge adapters",
+        help="Add adapters to the weights while drawing: quicker steps, more memory, the same but for rounding.",
+    )
     adapters: tuple[AdapterUse, ...] = ()
 
 
@@ -131,5 +136,26 @@ class ToolRequest(Options):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
-AnyRequest = GenerateRequest | TrainRequest | ToolRequest
+class EffectRequest(Options):
+    """Measure how an adapter changes pictures: the same seeds with and without it."""
+
+    kind: Literal["effect"] = "effect"
+    adapter: AdapterUse
+    model: str = option("mini", label="Model", help="Mini, a folder, a .safetensors checkpoint or a hub id.", low=1)
+    prompt: str = option("", label="Prompt", help="What the pictures show.", high=2000)
+    negative: str = option("", label="Negative prompt", help="What they must not show.", high=2000)
+    seed: int = option(0, label="Seed", help="Of the first picture; the others count up.", low=0, high=MAX_SEED)
+    count: int = option(3, label="Pictures", help="With the adapter, and as many without it.", low=1, high=16)
+    steps: int = option(20, label="Steps", help="Denoising steps.", low=1, high=200, unit="steps")
+    guidance: float = option(5.0, label="Guidance", help="How strictly to follow the prompt.", low=0, high=30)
+    bands: int = option(16, label="Bands", help="From the lowest spatial frequency to the highest.", low=2, high=64)
+
+    @property
+    def picture(self) -> GenerateRequest:
+        """The same as a request for pictures with the adapter."""
+        shared = self.model_dump(include={"model", "prompt", "negative", "seed", "count", "steps", "guidance"})
+        return GenerateRequest(**shared, adapters=(self.adapter,))
+
+
+AnyRequest = GenerateRequest | TrainRequest | ToolRequest | EffectRequest
 Request = Annotated[AnyRequest, Field(discriminator="kind")]

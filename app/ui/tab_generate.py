@@ -102,6 +102,7 @@ def _settings(desk: Desk, form: FormBuilder) -> tuple[gr.Button, gr.Button]:
     with gr.Row(elem_classes="tight"):
         form.place("width", "height")
     form.place("count", "scheduler")
+    form.place("merge")
     return random, reuse
 
 
@@ -150,6 +151,7 @@ def _connect(desk: Desk, tab: GenerateTab, seen: gr.State, go: gr.Button) -> Non
     tab.stop.click(stop, seen, tab.live, **CALM)
     for place in (tab.stage, tab.gallery):
         place.act(act, seen, [*tab.filled, *tab.live], **CALM)
+    rack.connect(desk, tab.rack)
     tab.rack.word(word, tab.form.controls["prompt"], tab.form.controls["prompt"], **CALM)
 
 
