@@ -60,10 +60,10 @@ def read_adapter(path: Path, shapes: Mapping[str, Shape] | None = None) -> Adapt
         raise AdapterError(f"{path.name}: {cut[0]}.", "Read it together with the model it was made for.")
     scales, _ = alphas(header, found)
     layers = {name: _layer(header, names, scales.get(name)) for name, names in found.layers.items()}
-    return _adapter(report, layers)
+    return _adapter(report, layers, {word: _tensor(header, word) for word in found.words})
 
 
-def _adapter(report: Report, layers: Mapping[str, Layer]) -> AdapterFile:
+def _adapter(report: Report, layers: Mapping[str, Layer], words: Mapping[str, torch.Tensor]) -> AdapterFile:
     return AdapterFile(
         path=report.path,
         family=report.family,
@@ -72,19 +72,24 @@ def _adapter(report: Report, layers: Mapping[str, Layer]) -> AdapterFile:
         layers=layers,
         sha256=report.sha256,
         metadata=report.metadata,
+        words=words,
     )
 
 
 def _layer(header: Header, names: LayerNames, alpha: float | None) -> Layer:
-    import torch
-
     target = names.piece.whole or None
-    values = {part: torch.from_numpy(header.values(name)).float() for part, name in names.parts.items()}
+    values = {part: _tensor(header, name) for part, name in names.parts.items()}
     layer = names.kind.read({part: values[part] for part in names.own}, alpha, target)
     part = magnitude_of(names.shapes(header))
     if part is not None:
         layer = Decomposed(layer, values[part].flatten(), per_output(part, tuple(values[part].shape), target))
     return of_rows(layer, names.piece.rows, names.piece.whole) if names.piece.rows else layer
+
+
+def _tensor(header: Header, name: str) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(header.values(name)).float()
 
 
 def half(adapter: AdapterFile, role: Role) -> AdapterFile:
@@ -101,7 +106,14 @@ def half(adapter: AdapterFile, role: Role) -> AdapterFile:
 
 
 def card(
-    family: str, *, role: Role = "concept", base: str = "", trigger: str = "", title: str = "", base_hash: str = ""
+    family: str,
+    *,
+    role: Role = "concept",
+    base: str = "",
+    trigger: str = "",
+    title: str = "",
+    base_hash: str = "",
+    licence: str = "",
 ) -> dict[str, str]:
     """Make the header texts `write_adapter` understands; empty ones are left out."""
     texts = {
@@ -112,6 +124,7 @@ def card(
         SPEC + "title": title,
         SPEC + "trigger_phrase": trigger,
         SPEC + "architecture": ARCHITECTURES.get(family, ""),
+        SPEC + "license": licence,
         "intarsia.base_hash": base_hash,
     }
     return {key: text for key, text in texts.items() if text}

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .kind import Layer
 from .kinds.lora import LowRank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["AdapterFile", "Layer", "LowRank", "Role"]
 Role = Literal["concept", "content", "style"]
@@ -27,6 +30,7 @@ class AdapterFile:
             `unet.up_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q`, to its change.
         sha256: Of the whole file.
         metadata: The file's own header texts.
+        words: Words it brings along, each with its embedding `(width,)`; see learned_words.py.
     """
 
     path: Path
@@ -36,3 +40,4 @@ class AdapterFile:
     layers: Mapping[str, Layer]
     sha256: str
     metadata: Mapping[str, str]
+    words: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])

@@ -1,11 +1,12 @@
 """Write an adapter file anew in another trainer's spelling: the same tensors, byte for byte, under other names.
 
-Only where a spelling has no word for something is a value touched: diffusers knows no Tucker core, which is multiplied
-into the first factor (rounding alone is lost, and told).
+Only where a spelling has no word for something is a value touched: diffusers and PEFT know no Tucker core, which is
+multiplied into the first factor (rounding alone is lost, and told).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,19 +14,21 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .adapter_file import PEFT_KEY, peft_configuration, write_tensors
+from .adapter_file import PEFT_KEY, peft_configuration, read_adapter, write_tensors
 from .adapter_types import LowRank
 from .architectures import sgm_spelling
+from .atomic import replacing_folder
 from .errors import AdapterError
-from .headers import read_header
+from .headers import Header, read_header
 from .identify import inspect, yardstick
 from .layers import LayerNames, alphas, collect
+from .model_weights import TORCH_NAMES
 from .verdict import first
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Dialect = Literal["kohya", "diffusers"]
+Dialect = Literal["kohya", "diffusers", "peft"]
 KOHYA_PARTS = {
     "down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "bias": "lora_up.bias",
     "magnitude": "dora_scale", "ia3": "weight",
@@ -65,12 +68,9 @@ def convert(path: Path, to: Dialect, out: Path) -> Converted:
     """
     report = inspect(path)
     report.require_usable()
-    if report.family not in TEXT:
-        raise AdapterError(
-            f"{path.name} is for {report.family}: its layers are written in the spelling they have.",
-            "Adapters for SD 1.5 and SDXL can be converted.",
-        )
     header = read_header(path)
+    if report.family not in TEXT:
+        return _transformer(path, report.family, header, to, out)
     found = collect(header, yardstick(report.yardstick))
     if found.unmatched:
         raise AdapterError(
@@ -86,13 +86,54 @@ def convert(path: Path, to: Dialect, out: Path) -> Converted:
             parts = {part: file.get_tensor(name) for part, name in names.parts.items()}
             spelled = _spelled(layer, names, parts, values, to, lost)
             tensors |= {f"{stem}.{name}": part for name, part in spelled.items()}
-    texts = {key: text for key, text in header.metadata.items() if key not in (*PRIVATE, PEFT_KEY)}
-    if to == "diffusers":
-        texts |= _configuration(tensors, values)
     if words := found.words:
         lost.append(f"its learned words {', '.join(words)} stay behind")
-    write_tensors(out, tensors, texts)
+    _write(out, to, tensors, values, header)
     return Converted(out, to, len(found.layers), tuple(dict.fromkeys(lost)))
+
+
+def _transformer(path: Path, family: str, header: Header, to: Dialect, out: Path) -> Converted:
+    """Write an adapter of a transformer under the names diffusers gives its layers; fused ones are taken apart."""
+    import torch
+
+    if to == "kohya":
+        raise AdapterError(
+            f"{path.name} is for {family}, whose layers are not written in kohya's spelling here.",
+            "Write it with --to diffusers or --to peft.",
+        )
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, float] = {}
+    dtypes = {info.dtype for info in header.tensors.values()} & TORCH_NAMES.keys()
+    dtype = getattr(torch, TORCH_NAMES[dtypes.pop()]) if len(dtypes) == 1 else torch.float32
+    for name, layer in read_adapter(path).layers.items():
+        if not isinstance(layer, LowRank):
+            raise AdapterError(f"{name} is no plain LoRA, which diffusers does not read.", "Keep the file as it is.")
+        values[name] = layer.alpha
+        parts = (("lora_A.weight", layer.down), ("lora_B.weight", layer.up), ("lora_B.bias", layer.bias))
+        tensors |= {f"{name}.{part}": value.to(dtype) for part, value in parts if value is not None}
+    _write(out, to, tensors, values, header)
+    return Converted(out, to, len(values), ())
+
+
+def _write(out: Path, to: Dialect, tensors: dict[str, Tensor], values: Mapping[str, float], header: Header) -> None:
+    texts = {key: text for key, text in header.metadata.items() if key not in (*PRIVATE, PEFT_KEY)}
+    if to == "kohya":
+        write_tensors(out, tensors, texts)
+        return
+    told = _configuration(tensors, values)
+    if to == "diffusers":
+        write_tensors(out, tensors, texts | {PEFT_KEY: json.dumps(told, sort_keys=True)})
+        return
+    with replacing_folder(out) as temporary:  # PEFT keeps one folder for each part of a model
+        for component in dict.fromkeys(path.split(".")[0] for path in values):
+            mine = {name.partition(".")[2]: part for name, part in tensors.items() if name.startswith(f"{component}.")}
+            front = "text_model." if component == "text_encoder" else ""  # which transformers 5 has there no more
+            named = {f"base_model.model.{name.removeprefix(front)}": part for name, part in mine.items()}
+            (temporary / component).mkdir()
+            write_tensors(temporary / component / "adapter_model.safetensors", named, texts)
+            own = {key.partition(".")[2]: value for key, value in told.items() if key.startswith(f"{component}.")}
+            text = json.dumps({"peft_type": "LORA", "bias": "none", "inference_mode": True} | own, indent=1)
+            (temporary / component / "adapter_config.json").write_text(text + "\n", "utf-8")
 
 
 @contextmanager
@@ -160,10 +201,8 @@ def _dims(names: LayerNames) -> int:
     return 4 if len(names.piece.whole) == 4 else 2
 
 
-def _configuration(tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> dict[str, str]:
-    """The header by which diffusers applies the right scale."""
-    import json
-
+def _configuration(tensors: Mapping[str, Tensor], values: Mapping[str, float]) -> dict[str, Any]:
+    """The settings by which diffusers and PEFT apply the right scale, component in front."""
     layers = {
         path: LowRank(
             tensors[f"{path}.lora_A.weight"],
@@ -176,4 +215,4 @@ def _configuration(tensors: Mapping[str, Tensor], values: Mapping[str, float]) -
     told = peft_configuration(layers)
     if any(name.endswith("lora_magnitude_vector") for name in tensors):
         told |= {f"{component}.use_dora": True for component in {path.split(".")[0] for path in layers}}
-    return {PEFT_KEY: json.dumps(told, sort_keys=True)}
+    return told

@@ -61,6 +61,9 @@ def generate(
         stack.callback(model.rest)
         if attachments:
             yield Stage(name="attach", detail=", ".join(attachment.name for attachment in attachments))
+            from .learned_words import taught
+
+            stack.enter_context(taught(model.components, attachments))
             matched, more = _put_on(stack, request, model, attachments)
             hooks = (*more, *hooks)
             for text in matched.values():

@@ -17,6 +17,7 @@ from .sources import ModelSource, source_files, weight_files
 if TYPE_CHECKING:
     from torch import Tensor
 
+TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Where single files keep each component: the front of its tensors' names.
 FRONTS = {
     "model.diffusion_model.": "unet",

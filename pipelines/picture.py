@@ -6,6 +6,7 @@ whole request, the adapters' hashes and the package versions. There is no time i
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import warnings
@@ -140,6 +141,15 @@ def write_png(image: Image.Image, path: Path, request: GenerateRequest, extra: M
     with replacing(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
     return path
+
+
+def data_url(path: Path, side: int = 256) -> str:
+    """A small copy of a picture as text, as adapter files carry it (ModelSpec 1.0.1, `thumbnail`)."""
+    picture = open_picture(path)
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, format="WEBP", quality=85)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def _latin(text: str) -> bool:

@@ -119,6 +119,7 @@ class TrainRequest(Options):
     name: str = option("", label="Name", help="Name of the result in the library.", low=1, high=80)
     pictures: tuple[TrainingPicture, ...] = ()
     seed: int = option(0, label="Seed", help="Everything random in the run follows from it.", low=0, high=MAX_SEED)
+    licence: str = option("", label="Licence", help="Written into the result, such as CC-BY-4.0.", high=200)
     options: dict[str, Any] = Field(default_factory=dict)
     resume_from: str = ""  # folder of the checkpoint of an earlier run
 
@@ -146,7 +147,7 @@ class EffectRequest(Options):
     negative: str = option("", label="Negative prompt", help="What they must not show.", high=2000)
     seed: int = option(0, label="Seed", help="Of the first picture; the others count up.", low=0, high=MAX_SEED)
     count: int = option(3, label="Pictures", help="With the adapter, and as many without it.", low=1, high=16)
-    steps: int = option(20, label="Steps", help="Denoising steps.", low=1, high=200, unit="steps")
+    steps: int = option(12, label="Steps", help="Denoising steps.", low=1, high=200, unit="steps")
     guidance: float = option(5.0, label="Guidance", help="How strictly to follow the prompt.", low=0, high=30)
     bands: int = option(16, label="Bands", help="From the lowest spatial frequency to the highest.", low=2, high=64)
 

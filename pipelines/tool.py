@@ -277,15 +277,14 @@ def _texts(sources: Sequence[Source], family: str) -> dict[str, str]:
     adapters = [source.adapter for source in sources]
     triggers = dict.fromkeys(adapter.trigger for adapter in adapters if adapter.trigger)
     roles: set[Role] = {adapter.role for adapter in adapters}
-    texts = card(
+    return card(
         family,
         role=roles.pop() if len(roles) == 1 else "concept",
         base=_agreed(adapters, "intarsia.base"),
         base_hash=_agreed(adapters, "intarsia.base_hash"),
         trigger=", ".join(triggers),
+        licence=_agreed(adapters, SPEC + "license"),
     )
-    licence = _agreed(adapters, SPEC + "license")
-    return texts | ({SPEC + "license": licence} if licence else {})
 
 
 def _agreed(adapters: Sequence[AdapterFile], key: str) -> str:

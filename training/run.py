@@ -279,7 +279,7 @@ def _write(plan: Plan, model: Model, layers: TrainedLayers, folder: Path) -> Ite
     for role, part in plan.recipe.parts(layers.factors("unet.")).items():
         suffix = "" if role == "concept" else f"-{role}"
         path = folder / f"{safe}{suffix}.safetensors"
-        write_adapter(path, part, metadata(plan, model, role, name + suffix))
+        write_adapter(path, part, metadata(plan, model, role, name + suffix) | _face(folder))
         yield Artifact(kind="adapter", path=str(path), label=name + suffix, step=plan.settings.steps)
 
 
@@ -293,6 +293,7 @@ def metadata(plan: Plan, model: Model, role: Role, title: str) -> dict[str, str]
         base=model.source.name.replace("\\", "/").rstrip("/").rpartition("/")[2],
         trigger=plan.recipe.trigger(plan.request.name, plan.options),
         title=title,
+        licence=plan.request.licence.strip(),
     )
     if plan.settings.drawing != Drawing():
         texts["intarsia.drawing"] = json.dumps(dataclasses.asdict(plan.settings.drawing))
@@ -305,4 +306,14 @@ def metadata(plan: Plan, model: Model, role: Role, title: str) -> dict[str, str]
         "intarsia.seed": str(plan.request.seed),
         "intarsia.learning_rate": f"{plan.settings.learning_rate:g}",
         "intarsia.resolution": str(plan.settings.resolution),
+        "intarsia.options": plan.options.model_dump_json(),
+        "modelspec.resolution": f"{plan.settings.resolution}x{plan.settings.resolution}",
     }
+
+
+def _face(folder: Path) -> dict[str, str]:
+    """The last sample picture as the header's thumbnail, if one was drawn."""
+    from ..pipelines.picture import data_url
+
+    samples = sorted(folder.glob("sample-*.png"))
+    return {"modelspec.thumbnail": data_url(samples[-1])} if samples else {}

@@ -117,10 +117,13 @@ class FormBuilder:
         return Form(self._options, self._infos, dict(self._controls))
 
 
-def simple_form(options: type[BaseModel], prefix: str, shown: int = 4, skip: Iterable[str] = ()) -> Form:
+def simple_form(
+    options: type[BaseModel], prefix: str, shown: int = 4, skip: Iterable[str] = (), last: Iterable[str] = ()
+) -> Form:
     """Make a whole form: the first options in view, the rest folded away (classes declare the important ones first)."""
     builder = FormBuilder(options, prefix)
     names = [info.name for info in describe(options) if info.name not in set(skip)]
+    names.sort(key=lambda name: name in set(last))
     with gr.Column(elem_classes="pairs"):
         builder.place(*names[:shown])
     if names[shown:]:

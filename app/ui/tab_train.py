@@ -78,7 +78,7 @@ def build(desk: Desk, seen: gr.State) -> TrainTab:
             info = builder.info("model")
             builder.put("model", model_chooser(desk, info.label, info.help, "train-model"))
             groups, forms = _recipe_forms(recipes, names)
-            builder.place("seed")
+            builder.place("seed", "licence")
     tab = TrainTab(builder.build(), recipe, forms, pictures, live, start, stop)
 
     def choose_form(chosen: str) -> list[dict[str, Any]]:

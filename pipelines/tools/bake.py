@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..atomic import replacing
+from ..atomic import replacing, replacing_folder
 from ..errors import AdapterError, InputError
 from ..events import Progress
-from ..model_weights import Place, places
+from ..model_weights import TORCH_NAMES, Place, places
 from ..options import option
 from ..sources import ModelSource, resolve
 from ..tool import Inputs, Made, Tool, ToolOptions, Work, in_sum, one_family
@@ -21,8 +21,6 @@ from ..tool import Inputs, Made, Tool, ToolOptions, Work, in_sum, one_family
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class BakeOptions(ToolOptions):
@@ -92,28 +90,22 @@ def _dtype(place: Place) -> torch.dtype:
     import torch
 
     name = place.header.tensors[place.tensor].dtype
-    if name not in DTYPES:
+    if name not in TORCH_NAMES:
         raise InputError(f"{place.header.path.name} stores {place.tensor} as {name}.", "Bake into a 16-bit model.")
-    return getattr(torch, DTYPES[name])
+    return getattr(torch, TORCH_NAMES[name])
 
 
 def _copy(source: ModelSource, target: Path, change: Callable[[dict[Path, Path]], None]) -> None:
     """Copy a model to a temporary place, change the copy and move it to where it belongs."""
     assert source.path is not None
-    if target.exists():
-        raise InputError(f"{target} is already there.", "Choose another name.")
     if source.kind == "single_file":
         with replacing(target) as temporary:
             shutil.copyfile(source.path, temporary)
             change({source.path: temporary})
         return
-    temporary = target.with_name(f".{target.name}.new")
-    try:
-        shutil.copytree(source.path, temporary, symlinks=False)
+    with replacing_folder(target) as temporary:
+        shutil.copytree(source.path, temporary, dirs_exist_ok=True)
         change({path: temporary / path.relative_to(source.path) for path in source.path.rglob("*.safetensors")})
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _overwrite(

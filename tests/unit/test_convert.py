@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
+import peft as peft_library
 import pytest
 import torch
 from adapter_files import attention, kohya, lora, matrices, peft, write
 from diffusers.loaders import lora_conversion_utils
 from intarsia.app.studio import Studio
 from intarsia.pipelines.adapter_file import read_adapter
-from intarsia.pipelines.convert import convert, kohya_name
+from intarsia.pipelines.adapter_types import LowRank
+from intarsia.pipelines.convert import Dialect, convert, kohya_name
 from intarsia.pipelines.errors import AdapterError, InputError
 from intarsia.pipelines.headers import read_header
 from intarsia.pipelines.identify import inspect
+from intarsia.pipelines.sources import resolve, unet_shapes
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 DIFFUSERS: Any = lora_conversion_utils
+DIFFUSERS_PIPELINES: Any = diffusers
+PEFT: Any = peft_library
+Tiny = Callable[..., Path]
 SD15 = attention({p: s for p, s in matrices("sd15").items() if ".down_blocks.1." in p or p.startswith("text")})
 SDXL = attention({p: s for p, s in matrices("sdxl").items() if ".up_blocks.0.attentions.1" in p})
 LAYER = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"  # of SD 1.5: 640 to 640
@@ -118,3 +128,82 @@ def test_other_families_and_spellings_are_refused(tmp_path: Path) -> None:
         convert(source, "kohya", tmp_path / "b.safetensors")
     with Studio() as studio, pytest.raises(InputError, match="no spelling 'x'"):
         studio.convert_adapter(str(source), "x", tmp_path / "b.safetensors")
+
+
+def by_peft(module: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """What PEFT itself adds to every layer, from the folder."""
+    model: Any = PEFT.PeftModel.from_pretrained(module, folder)
+    found: dict[str, Tensor] = {}
+    for name, layer in model.base_model.model.named_modules():
+        if hasattr(layer, "lora_A") and "default" in layer.lora_A:
+            base = layer.get_base_layer().weight.detach().clone()
+            layer.merge()
+            found[name] = layer.get_base_layer().weight.detach() - base
+    return found
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_reads_its_folder_and_does_the_same(dora: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """Ranks and alphas that differ by layer, in the UNet and in both text encoders."""
+    pipeline = DIFFUSERS_PIPELINES.StableDiffusionXLPipeline.from_pretrained(tiny("sdxl"))
+    index = unet_shapes(resolve(str(tiny("sdxl"))))
+    shapes = {name.removesuffix(".weight"): shape for name, shape in index.items()}
+    chosen = dict(list(attention(shapes).items())[::5])
+    for component in ("text_encoder", "text_encoder_2"):
+        chosen |= dict(list(attention(shapes, component, ("q_proj", "fc1")).items())[:2])
+    arrays = lora(chosen, kohya, rank=lambda number: 2 + number % 2, alpha=3.0)
+    if dora:
+        random = np.random.default_rng(0)
+        for path, shape in chosen.items():
+            name = kohya(path)[0].replace("lora_down.weight", "dora_scale")
+            arrays[name] = (1 + random.random((shape[0], 1))).astype(np.float32)
+    file = write(tmp_path / "a.safetensors", arrays)
+    real = inspect(file, index)
+    assert not real.refusal
+    made = convert(file, "peft", tmp_path / "folder").path
+    wanted = read_adapter(file, index).layers
+    for component in ("unet", "text_encoder", "text_encoder_2"):
+        module = getattr(pipeline, component)
+        weights = {
+            name: layer.weight.detach().clone() for name, layer in module.named_modules() if hasattr(layer, "weight")
+        }
+        found = by_peft(module, made / component)
+        mine = {path: layer for path, layer in wanted.items() if path.startswith(f"{component}.")}
+        assert len(found) == len(mine) > 0
+        for path, layer in mine.items():
+            name = next(name for name in found if path.endswith(name.removeprefix("text_model.")))
+            change = layer.change(weights[name]).weight
+            torch.testing.assert_close(found[name], change, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["diffusers", "peft"])
+def test_a_transformers_adapter_is_written_under_diffusers_names(to: Dialect, tmp_path: Path) -> None:
+    """Kohya's fused projections of FLUX.1 become three layers each, which do the same."""
+    tensors: dict[str, Any] = {}
+    random = np.random.default_rng(0)
+    for stem, out, size in (
+        ("lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072),
+        ("lora_unet_single_blocks_3_linear2", 3072, 15360),
+    ):
+        tensors[f"{stem}.lora_down.weight"] = random.standard_normal((4, size)).astype(np.float16)
+        tensors[f"{stem}.lora_up.weight"] = random.standard_normal((out, 4)).astype(np.float16)
+        tensors[f"{stem}.alpha"] = np.array(2.0, np.float32)
+    file = write(tmp_path / "flux.safetensors", tensors)
+    made = convert(file, to, tmp_path / "made.safetensors")
+    assert made.layers == 4 and not made.lost
+    whole = made.path if to == "diffusers" else made.path / "transformer" / "adapter_model.safetensors"
+    if to == "peft":
+        configuration = json.loads((whole.parent / "adapter_config.json").read_text())
+        assert (configuration["r"], configuration["lora_alpha"]) == (4, 2)
+        assert {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in load_file(whole)} == set(
+            configuration["target_modules"]
+        )
+        return
+    before, after = read_adapter(file).layers, read_adapter(whole).layers
+    assert before.keys() == after.keys()
+    for path, layer in before.items():
+        twin: Any = after[path]
+        assert isinstance(layer, LowRank)
+        assert torch.equal(layer.down, twin.down) and torch.equal(layer.up, twin.up) and layer.alpha == twin.alpha
+    with pytest.raises(AdapterError, match="kohya"):
+        convert(file, "kohya", tmp_path / "x.safetensors")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from intarsia.pipelines.errors import InputError, IntarsiaError, MemoryLimitError
 from intarsia.pipelines.events import Artifact
+from intarsia.pipelines.headers import read_header
 from intarsia.pipelines.identify import inspect
 from intarsia.pipelines.requests import TrainingPicture
 from intarsia.pipelines.sources import resolve, unet_shapes
 from intarsia.training import checkpoint, loop
 from intarsia.training.recipes.blora import BLora
+from PIL import Image
 from training_fakes import (
     Tiny,
     adapters,
@@ -67,6 +73,23 @@ def test_the_halves_say_what_they_are(tiny: Tiny, tmp_path: Path) -> None:
         assert report.trigger == BLora().trigger("thing", BLora.options()) and report.base == tiny("sdxl").name
         assert report.modules == report.matched == 16
         assert str(tmp_path) not in str(dict(report.metadata))
+
+
+def test_a_result_carries_its_licence_its_settings_and_its_last_sample(tiny: Tiny, tmp_path: Path) -> None:
+    asked = request("lora", [picture(tmp_path / "a.png")], steps=2, sample_every=1, rank=3)
+    asked = asked.model_copy(update={"licence": "CC-BY-4.0"})
+    events = list(run(asked, load(tiny("sdxl")), tmp_path / "job"))
+    made, samples = (
+        [e for e in events if isinstance(e, Artifact) and e.kind == kind] for kind in ("adapter", "sample")
+    )
+    texts = read_header(Path(made[0].path)).metadata
+    assert texts["modelspec.license"] == "CC-BY-4.0" and texts["modelspec.sai_model_spec"] == "1.0.1"
+    assert json.loads(texts["intarsia.options"])["rank"] == 3
+    kind, _, body = texts["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/webp;base64"
+    face = Image.open(io.BytesIO(base64.b64decode(body))).convert("RGB")
+    last = Image.open(samples[-1].path).convert("RGB").resize(face.size)
+    assert np.abs(np.asarray(face, float) - np.asarray(last, float)).mean() < 12
 
 
 def test_missing_captions_and_small_buckets_are_said(tiny: Tiny, tmp_path: Path) -> None:
