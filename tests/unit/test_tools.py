@@ -44,7 +44,7 @@ def source(seed: int, weight: float = 1.0, rank: int = 4, alpha: float = 2.0, **
     return Source(name, AdapterFile(Path(f"{name}.safetensors"), "sd15", "concept", "", layers, name, {}), weight)
 
 
-def use(name: str, *sources: Source, seed: int = 0, **options: Any) -> Made:  # noqa: ANN401
+def use(name: str, *sources: Source, seed: int = 0, **options: object) -> Made:
     """Use a tool and give what it made."""
     tool = tools()[name]
     shapes = {**SHAPES, "unet.norm": (16,)}
@@ -180,7 +180,7 @@ PEFT_TYPES: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("kind", "theirs", "tool", "ours"), PEFT_TYPES, ids=lambda value: str(value)[:24])
 def test_a_merge_is_pefts(kind: str, theirs: dict[str, Any], tool: str, ours: dict[str, Any], tmp_path: Path) -> None:
     sources = [source(1, 0.8), source(2, -0.5), source(3, 1.0)]
-    density = {"density": 0.4} if "density" in theirs and "density" not in ours else {}
+    density: dict[str, Any] = {"density": 0.4} if "density" in theirs and "density" not in ours else {}
     made = use(tool, *sources, **(density | ours))
     assert worst(written(made, tmp_path), by_peft(kind, sources, **theirs)) < 1e-5
 
@@ -213,7 +213,8 @@ def test_rank_stabilised_adapters_merge_rightly_where_peft_is_wrong(tmp_path: Pa
     layer = adapter.layers["unet.conv_in"]
     assert isinstance(layer, LowRank) and layer.scale == pytest.approx(1.0)  # 2 / sqrt(4)
     made = use("cat", Source("rs", adapter, 0.5), Source("rs", adapter, 0.5))
-    made.save and made.save(tmp_path / "made.safetensors")
+    assert made.save is not None
+    made.save(tmp_path / "made.safetensors")
     again = read_adapter(tmp_path / "made.safetensors").layers["unet.conv_in"]
     zero = torch.zeros(320, 4, 3, 3)
     torch.testing.assert_close(again.change(zero).weight, layer.change(zero).weight)
