@@ -14,7 +14,8 @@ from . import present
 from .cli_console import Console, complain, guarded
 from .cli_corpus import add_corpus
 from .cli_evaluate import add_evaluate
-from .cli_lists import add_adapters, add_models, doctor
+from .cli_library import add_adapters
+from .cli_lists import add_models, doctor
 from .cli_work import add_generate, add_train
 from .studio import Studio
 

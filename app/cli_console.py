@@ -15,7 +15,7 @@ from typing import Any
 
 import typer
 
-from ..pipelines.errors import IntarsiaError
+from ..pipelines.errors import IntarsiaError, printable
 from ..pipelines.events import CancelToken, Event, Progress
 from . import present
 from .settings import Home
@@ -124,6 +124,7 @@ def stopping(token: CancelToken, console: Console) -> Generator[None]:
 
 def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Set rows in columns."""
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -13,8 +13,7 @@ from ..pipelines.atomic import replacing
 from ..pipelines.errors import InputError
 from ..pipelines.events import Artifact, CancelToken, Event, Failed, Stopped
 from ..pipelines.options import describe
-from ..pipelines.picture import open_picture
-from ..pipelines.requests import AdapterUse, AnyRequest, GenerateRequest, TrainRequest, TrainingPicture
+from ..pipelines.requests import AdapterUse, AnyRequest, GenerateRequest, TrainingPicture, TrainRequest
 from . import present
 from .cli_console import Console, complain, guarded, stopping
 from .cli_flags import command, flag, flags, given_values
@@ -22,11 +21,11 @@ from .studio import Job, Studio
 
 MACHINE = flag("machine", bool, "Write events and the result as lines of JSON.", "--json")
 ADAPTER = (
-    "Library name or file, with :WEIGHT if not 1; may be repeated. Parts of it may have factors of their own, and it may "
-    "act in a part of the denoising alone: NAME:0.8@unet.up_blocks.0=0.5,text_encoder=0@0-0.6"
+    "Library name or file, with :WEIGHT if not 1; may be repeated. Parts of it may have factors of their own, and it "
+    "may act in a part of the denoising alone: NAME:0.8@unet.up_blocks.0=0.5,text_encoder=0@0-0.6"
 )
 GENERATE = tuple(info for info in describe(GenerateRequest) if info.name not in ("kind", "adapters"))
-TRAIN = tuple(info for info in describe(TrainRequest) if info.name in ("model", "name", "seed"))
+TRAIN = tuple(info for info in describe(TrainRequest) if info.name in ("model", "name", "seed", "licence"))
 
 
 def add_generate(app: typer.Typer) -> None:
@@ -97,6 +96,8 @@ def _training_request(studio: Studio, values: dict[str, Any], given: Mapping[str
             old = studio.resumed(job_id).model_dump()
             return TrainRequest.parse(old | values | {"options": old["options"] | values["options"]}), job_id
         values["resume_from"] = str(Path(given["resume"]).absolute())
+    from ..pipelines.picture import open_picture
+
     for path in given["image"] or ():
         if not path.is_dir() and path.suffix.lower() != ".zip":
             open_picture(path)  # a broken one is named before the model is loaded

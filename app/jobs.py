@@ -26,7 +26,7 @@ from .processes import is_alive, this_process
 from .settings import Home
 
 JobState = Literal["queued", "running", "done", "stopped", "failed", "interrupted"]
-JobKind = Literal["generate", "train", "tool"]
+JobKind = Literal["generate", "train", "tool", "effect"]
 FINAL_STATES: tuple[JobState, ...] = ("done", "stopped", "failed", "interrupted")
 LEASE = 4.0  # seconds a heartbeat is good for
 PATIENCE = 30.0  # seconds of silence after which even a living owner counts as hung (a long library load is silent)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..pipelines.errors import IntarsiaError
 from ..pipelines.families import FAMILIES, Family
+from ..pipelines.requests import ToolRequest
 from ..pipelines.sources import ModelSource, resolve
 from .jobs import JobStore
 
@@ -55,7 +56,7 @@ def list_models(store: JobStore) -> list[ModelInfo]:
     folder = store.home.root / "models"
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     names = ["mini", *(str(path) for path in found if path.is_dir() or path.suffix == ".safetensors")]
-    names += [job.request.model for job in store.jobs(limit=200)]
+    names += [job.request.model for job in store.jobs(limit=200) if not isinstance(job.request, ToolRequest)]
     models: list[ModelInfo] = []
     for name in dict.fromkeys(names):
         try:

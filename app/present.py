@@ -24,7 +24,7 @@ from ..pipelines.events import (
     Stage,
     Stopped,
 )
-from ..pipelines.requests import AnyRequest, ToolRequest, TrainRequest
+from ..pipelines.requests import AnyRequest, EffectRequest, ToolRequest, TrainRequest
 
 EXIT_DONE, EXIT_BUG, EXIT_PERSON, EXIT_STOPPED = 0, 1, 2, 130
 
@@ -44,6 +44,7 @@ STAGES = {
     "sample": "Making a sample picture",
     "save": "Saving",
     "base": "Drawing the base model's picture",
+    "effect": "Drawing with and without the adapter",
 }
 STATES = {
     "queued": "waiting",
@@ -160,6 +161,8 @@ def title(request: AnyRequest) -> str:
         return f"{request.recipe} training: {request.name}"
     if isinstance(request, ToolRequest):
         return f"{request.tool}: {', '.join(use.adapter for use in request.adapters) or request.name}"
+    if isinstance(request, EffectRequest):
+        return f"effect of {request.adapter.adapter}"
     prompt = request.prompt.strip() or "(no prompt)"
     return prompt if len(prompt) <= 60 else prompt[:57] + "..."
 

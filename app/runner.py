@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..pipelines.errors import Cancelled, IntarsiaError, MemoryLimitError
 from ..pipelines.events import Artifact, CancelToken, Done, Event, Failed, Interrupted, Notice, Stage, Stopped
-from ..pipelines.requests import GenerateRequest, ToolRequest, TrainRequest
+from ..pipelines.requests import EffectRequest, GenerateRequest, ToolRequest, TrainRequest
 from .jobs import Job, JobStore, checkpoint_of
 from .present import full_disk
 from .recorder import Recorder
@@ -52,6 +52,8 @@ class Runner:
                 yield from self._generate(job, job.request, token)
             elif isinstance(job.request, ToolRequest):
                 yield from self._tool(job, job.request, token)
+            elif isinstance(job.request, EffectRequest):
+                yield from self._effect(job, job.request, token)
             else:
                 yield from self._train(job, job.request, token)
         except Cancelled:
@@ -126,6 +128,14 @@ class Runner:
                 yield from self._shelve(job, event, None)
                 continue
             yield event
+
+    def _effect(self, job: Job, request: EffectRequest, token: CancelToken) -> Iterator[Event]:
+        from ..pipelines.effect import measure_effect
+
+        model = yield from self._model(request.model, token)
+        named, (attachment,) = self._attachments(request.picture, model)
+        self._store.set_request(job.id, request.model_copy(update={"adapter": named.adapters[0]}))
+        yield from measure_effect(request, model, attachment, job.folder, token)
 
     def _shelve(self, job: Job, made: Artifact, picture: Path | None) -> Iterator[Event]:
         entry = self._shelf.add(Path(made.path), made.label, numbered=True, group=job.id, thumbnail=picture)

@@ -35,6 +35,11 @@ class Home:
         return self._made("adapters")
 
     @property
+    def thumbnails(self) -> Path:
+        """Small pictures of the library, named by their adapter's hash."""
+        return self._made("thumbnails")
+
+    @property
     def uploads(self) -> Path:
         """Pictures people gave for training, copied so that a run survives their removal."""
         return self._made("uploads")

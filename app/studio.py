@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ..pipelines.errors import InputError
 from ..pipelines.events import FINAL, CancelToken, Event
-from ..pipelines.requests import MAX_SEED, AnyRequest, GenerateRequest, ToolRequest, TrainingPicture, TrainRequest
+from ..pipelines.requests import (
+    MAX_SEED,
+    AnyRequest,
+    EffectRequest,
+    GenerateRequest,
+    ToolRequest,
+    TrainingPicture,
+    TrainRequest,
+)
 from ..training.recipe import TrainingRecipe, recipes
 from .jobs import Job, JobKind, JobState, JobStore, checkpoint_of
 from .library_entry import Change, Query
@@ -22,6 +30,8 @@ if TYPE_CHECKING:
     from ..pipelines.block_groups import BlockGroup
     from ..pipelines.convert import Converted
     from ..pipelines.identify import Report
+    from ..pipelines.measure import FileMeasure
+    from ..pipelines.pickles import Unpickled
     from ..pipelines.picture import Restored
     from ..pipelines.tool import Tool
     from .doctor import Check
@@ -182,14 +192,20 @@ class Studio:
 
         return Shelf(self.home)
 
-    def convert_adapter(self, file: str, to: str, out: Path) -> Converted:
-        """Write an adapter (a library name or a file) in another trainer's spelling.
+    def convert_adapter(self, file: str, to: str, out: Path) -> Converted | Unpickled:
+        """Write an adapter (a library name or a file) in another trainer's spelling, or a pickle as safetensors.
 
         Raises:
             IntarsiaError: It cannot be used or converted, or there is no such spelling.
         """
         from ..pipelines.convert import convert
+        from ..pipelines.pickles import is_pickle, unpickle
 
+        if is_pickle(path := Path(file).expanduser()):
+            if to not in ("", "safetensors"):
+                text = f"{path.name} is a pickle, whose names are kept as they are."
+                raise InputError(text, "Leave --to out, then convert the result.")
+            return unpickle(path, out.absolute())
         if to not in ("kohya", "diffusers"):
             raise InputError(f"There is no spelling {to!r}.", "Write --to kohya or --to diffusers.")
         return convert(self.shelf.find(file).path, to, out.absolute())
@@ -204,9 +220,21 @@ class Studio:
         self._split(entry)
         return entry
 
-    def import_adapters(self, paths: Iterable[Path]) -> Iterator[Outcome]:
-        """Import many files and what folders hold; a refused one keeps no other out, and tells why."""
-        for outcome in self.shelf.add_all(paths):
+    @staticmethod
+    def adapter_files(paths: Iterable[Path]) -> list[Path]:
+        """Give the files among some paths as they are, and for each folder the adapter files in it and below."""
+        from .library_checks import adapter_files
+
+        return list(adapter_files(paths))
+
+    def import_adapters(self, paths: Iterable[Path], family: str = "") -> Iterator[Outcome]:
+        """Import many files and what folders hold; a refused one keeps no other out, and tells why.
+
+        Args:
+            paths: Files and folders.
+            family: What a person says they are for, "" for what the files tell.
+        """
+        for outcome in self.shelf.add_all(paths, family):
             if outcome.entry is not None:
                 self._split(outcome.entry)
             yield outcome
@@ -214,6 +242,16 @@ class Studio:
     def _split(self, entry: Entry) -> None:
         if len(entry.halves) == 2 and not self.shelf.group(entry.name):
             self.shelf.split(entry.name)
+
+    def measure(self, name: str) -> FileMeasure:
+        """Measure every layer of an entry of the library, or of a file.
+
+        Raises:
+            AdapterError: There is no such adapter, or it cannot be read without its model.
+        """
+        from ..pipelines.measure import measure_file
+
+        return measure_file(self.shelf.find(name).path)
 
     def block_groups(self, name: str) -> tuple[BlockGroup, ...]:
         """Say which parts of a model an entry of the library, or a file, changes.
@@ -304,6 +342,9 @@ class Studio:
         if isinstance(request, ToolRequest):
             return self._checked_tool(request)
         source = resolve(request.model)
+        if isinstance(request, EffectRequest):
+            self.shelf.find(request.adapter.adapter)
+            return request
         if isinstance(request, GenerateRequest):
             for use in request.adapters:
                 self.shelf.find(use.adapter)

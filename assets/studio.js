@@ -57,107 +57,27 @@
         return;
       }
       if (button.dataset.tab) openTab(button.dataset.tab);
-      trigger("act", { ...button.dataset });
+      const form = button.closest("form");
+      trigger("act", { ...form?.dataset, ...button.dataset, ...(form && { form: Object.fromEntries(new FormData(form)) }) });
     });
   }
+
+  /* Long words, such as hashes, go to the clipboard by their own button. */
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest?.("[data-copy]");
+    if (!button) return;
+    try {
+      await navigator.clipboard.writeText(button.dataset.copy);
+      button.textContent = "Copied";
+    } catch { button.textContent = "Not allowed"; }
+    setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  });
 
   function openTab(name) {
     for (const tab of document.querySelectorAll('[role="tab"]')) if (tab.textContent.trim() === name) tab.click();
   }
 
   const copy = (value) => JSON.parse(JSON.stringify(value));
-
-  /* Adapters in use: one row each, the halves of a pair together, a slider per weight. */
-  function rack(element, props, trigger, watch) {
-    const commit = (change) => {
-      const value = copy(props.value);
-      change(value.uses);
-      props.value = value;
-      draw();
-      trigger("change", {});
-    };
-    const slider = (use, index, label) => {
-      const row = el("label", "weight");
-      row.append(el("span", "what", label));
-      const range = el("input");
-      Object.assign(range, { type: "range", min: -1, max: 2, step: 0.05, value: use.weight });
-      range.setAttribute("aria-label", `Weight of ${use.adapter}`);
-      const number = el("input", "exact");
-      Object.assign(number, { type: "number", min: -7, max: 7, step: 0.05, value: use.weight });
-      number.setAttribute("aria-label", `Exact weight of ${use.adapter}`);
-      const set = (text) => {
-        const weight = Number(text);
-        if (text === "" || !Number.isFinite(weight)) { number.value = use.weight; return; }
-        commit((uses) => { uses[index].weight = weight; });
-      };
-      const fill = () => range.style.setProperty("--range_progress", `${100 * (Number(range.value) + 1) / 3}%`);
-      range.addEventListener("input", () => { number.value = range.value; fill(); });
-      fill();
-      range.addEventListener("change", () => set(range.value));
-      number.addEventListener("change", () => set(number.value));
-      row.append(range, number);
-      return row;
-    };
-    const card = (members) => {
-      const box = el("div", "use");
-      const head = el("div", "use-head");
-      const first = members[0].use;
-      const pair = members.length > 1 || first.role === "content" || first.role === "style";
-      head.append(el("b", "", pair && first.group_name ? first.group_name : first.adapter));
-      if (first.note) head.append(el("span", "note", first.note));
-      const remove = el("button", "icon", "×");
-      remove.type = "button";
-      remove.title = "Remove";
-      remove.setAttribute("aria-label", `Remove ${first.adapter}`);
-      const gone = new Set(members.map((member) => member.index));
-      remove.addEventListener("click", () => commit((uses) => {
-        const kept = uses.filter((_, index) => !gone.has(index));
-        uses.splice(0, uses.length, ...kept);
-      }));
-      head.append(remove);
-      box.append(head);
-      for (const { use, index } of members) box.append(slider(use, index, use.role === "concept" ? "weight" : use.role));
-      for (const word of new Set(members.map((member) => member.use.trigger).filter(Boolean))) {
-        const chip = el("button", "chip trigger", `+ ${word}`);
-        chip.type = "button";
-        chip.title = "Put the trigger words into the prompt";
-        chip.addEventListener("click", () => trigger("word", { word }));
-        box.append(chip);
-      }
-      return box;
-    };
-    function draw() {
-      const { uses, shelf } = props.value;
-      const groups = new Map();
-      uses.forEach((use, index) => {
-        const key = use.group ? `group ${use.group}` : `row ${index}`;
-        groups.set(key, [...(groups.get(key) ?? []), { use, index }]);
-      });
-      const list = el("div", "uses");
-      for (const members of groups.values()) list.append(card(members));
-      const used = new Set(uses.map((use) => use.adapter));
-      const rest = shelf.filter((entry) => !used.has(entry.adapter));
-      const add = el("select", "add");
-      add.setAttribute("aria-label", "Add an adapter");
-      const hint = el("option", "", shelf.length ? (rest.length ? "Add from the library…" : "All in use")
-        : "Drop a .safetensors file anywhere");
-      hint.value = "";
-      add.append(hint);
-      for (const entry of rest) {
-        const option = el("option", "", entry.family ? `${entry.adapter} · ${entry.family}` : entry.adapter);
-        option.value = entry.adapter;
-        add.append(option);
-      }
-      add.disabled = !rest.length;
-      add.addEventListener("change", () => {
-        const entry = rest.find((candidate) => candidate.adapter === add.value);
-        if (entry) commit((all) => { all.push({ ...entry, weight: 1 }); });
-      });
-      element.querySelector(".rack").replaceChildren(list, add);
-    }
-    watch("value", draw);
-    draw();
-  }
 
   /* Pictures to learn from: a thumbnail, its caption, a cross. */
   function sheet(element, props, trigger, watch) {
@@ -226,5 +146,5 @@
     }, true);
   }
 
-  window.intarsia = { actions, rack, sheet, dropzone, openTab };
+  window.intarsia = { el, copy, actions, sheet, dropzone, openTab };
 })();

@@ -145,7 +145,8 @@ def _opened(path: Path) -> Generator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except SafetensorError as error:
-        raise AdapterError(f"{path.name} cannot be read: {error}.", "Download it again.") from None
+        text = f"{path.name} cannot be read: {str(error).rstrip('.')}."
+        raise AdapterError(text, "Download it again, or give it a plain name.") from None
 
 
 def kohya_name(path: str, family: str) -> str:

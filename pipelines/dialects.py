@@ -118,16 +118,20 @@ class Foreign:
         title: Name for people.
         pattern: Regular expression, searched in tensor names.
         hint: What the person can do.
+        itself: In a table of families, the file is that, not an adapter for it.
     """
 
     name: str
     title: str
     pattern: str
     hint: str = "Use a plain LoRA of the same subject, or convert it with the tool that made it."
+    itself: bool = False
 
 
 WHOLE = "Give it as the model (--model FILE, or the Model box), not as an adapter."
 OTHER_MODEL = "Use an adapter made for SD 1.5, SDXL, SD 3, FLUX.1, Wan or Mini."
+
+IP_ADAPTER = r"^image_proj(_model)?\.|^ip_adapter|\.ip_adapter_|_ip\.weight$"
 
 # Order matters: the more telling marker first. Searched before plain LoRA is tried.
 ALGORITHMS: tuple[Foreign, ...] = (
@@ -146,23 +150,30 @@ ALGORITHMS: tuple[Foreign, ...] = (
     Foreign("vera", "VeRA", r"vera_lambda_[bd]"),
 )
 FAMILIES: tuple[Foreign, ...] = (
+    Foreign("ip-adapter", "an IP-Adapter", IP_ADAPTER, OTHER_MODEL, itself=True),
     Foreign("chroma", "Chroma", r"distilled_guidance_layer", OTHER_MODEL),
     Foreign(
         "hunyuan-video",
         "HunyuanVideo",
         r"double_blocks.(19|[2-9]\d)[._]|"
-        r"single_blocks.(3[89]|[4-9]\d)[._]|token_refiner",
+        r"(?<!transformer_)single_blocks.(3[89]|[4-9]\d)[._]|token_refiner",
         OTHER_MODEL,
     ),
-    Foreign("flux2", "FLUX.2", r"to_qkv_mlp_proj|double_stream_modulation|ff_context\.linear_in", OTHER_MODEL),
+    Foreign("flux2", "FLUX.2", r"to_qkv_mlp_proj|double_stream_modulation|ff_context[._]linear_in", OTHER_MODEL),
     Foreign(
         "flux1-control",
         "a FLUX.1 control adapter (Black Forest Labs)",
         r"(double|single)_blocks\.\d+\..*(query|key)_norm\.scale",
         OTHER_MODEL,
+        itself=True,
+    ),
+    Foreign(  # it has 60 blocks, of which SD 3.5 has 38 and FLUX.1 19
+        "qwen-image",
+        "Qwen-Image",
+        r"transformer_blocks[._](\d+[._](img|txt)_(mlp|mod)|(3[89]|[45]\d)[._]attn[._])",
+        OTHER_MODEL,
     ),
     Foreign("flux1", "FLUX.1", r"(^|[._])(double|single)_blocks[._]\d+[._]|single_transformer_blocks[._]", OTHER_MODEL),
-    Foreign("qwen-image", "Qwen-Image", r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)", OTHER_MODEL),
     Foreign(
         "sd3",
         "Stable Diffusion 3",
@@ -188,11 +199,17 @@ FAMILIES: tuple[Foreign, ...] = (
     Foreign(
         "language-model",
         "a language model",
-        r"bert|gpt_neox|llama|mistral|"
+        r"(^|[._])(distil|ro|al)?bert(a|[._])|(^|[._])(gpt_neox|llama|mistral)[._]|"
         r"^base_model\.model\.(model\.layers|transformer\.(h|layer|encoder))\.",
         OTHER_MODEL,
     ),
-    Foreign("ip-adapter", "an IP-Adapter", r"^(image_proj|ip_adapter)\.", OTHER_MODEL),
+    Foreign(  # which of them, their widths tell
+        "dit",
+        "LTX-Video, CogVideoX, PixArt, Sana or a relative of theirs",
+        r"^(transformer\.|diffusion_model\.|base_model\.model\.|lora_(unet|transformer)_)?transformer_blocks[._]\d+[._]"
+        r"attn[12][._]",
+        OTHER_MODEL,
+    ),
     Foreign(
         "transformer",
         "a transformer model that is not known here",
@@ -201,14 +218,20 @@ FAMILIES: tuple[Foreign, ...] = (
         OTHER_MODEL,
     ),
 )
-# Looked at last, when no tensor of an adapter is there.
+# Looked at first in files where no tensor is named as an adapter's.
+TEXT_WIDTHS = (768, 1024, 1280, 2048, 4096)  # of one row of an embedding
+PART = "It is a part of a model: give the whole model (--model FOLDER, or the Model box)."
 MODELS: tuple[Foreign, ...] = (
     Foreign(
         "textual-inversion",
         "a textual inversion embedding",
-        r"^(emb_params|string_to_param|clip_[lg]|<[^<>]+>)$",
+        r"^(emb_params|string_to_param(\..*)?|string_to_token|clip_[lg]|t5xxl|<[^<>]+>)$",
         "Embeddings are not adapters; they cannot be used here.",
     ),
+    Foreign("ip-adapter", "an IP-Adapter", IP_ADAPTER, OTHER_MODEL),
+    Foreign("controlnet", "a ControlNet", r"controlnet|^control_model\.|^(input_hint_block|zero_convs)\.", OTHER_MODEL),
+    Foreign("t2i-adapter", "a T2I-Adapter", r"^(adapter\.)?body\.\d+\.", OTHER_MODEL),
+    Foreign("hypernetwork", "a hypernetwork", r"^(320|640|768|1024|1280|2048)\.\d+\.|^hypernet", OTHER_MODEL),
     Foreign(
         "checkpoint",
         "a whole model",
@@ -216,14 +239,33 @@ MODELS: tuple[Foreign, ...] = (
         WHOLE,
     ),
     Foreign(
-        "unet",
-        "a whole UNet",
-        r"^((unet\.)?(down|up)_blocks\.\d+\..*|(unet\.)?conv_in)\.(weight|bias)$",
-        "Give the whole model folder as the model.",
+        "transformer",
+        "the transformer of a whole model",
+        r"^(double_blocks|single_blocks|joint_blocks|transformer_blocks|single_transformer_blocks|blocks|layers)\.\d+\.",
+        PART,
     ),
-    Foreign("controlnet", "a ControlNet", r"controlnet|^control_model\.", OTHER_MODEL),
+    Foreign("unet", "a whole UNet", r"^((unet\.)?(down|up)_blocks\.\d+\..*|(unet\.)?conv_in)\.(weight|bias)$", PART),
+    Foreign(
+        "text-encoder",
+        "a text encoder",
+        r"^(text_model|encoder\.block|encoder\.layers|model\.layers|transformer\.text_model)\.|^shared\.weight$",
+        PART,
+    ),
     Foreign("vae", "an autoencoder (VAE)", r"^(encoder|decoder|vae)\.", "Autoencoders belong to a model folder."),
 )
+
+
+# How wide what enters an attention is -> family and title, where names alone do not tell.
+ENTRANCE = re.compile(
+    r"(attn1?[._]to_q|img_attn[._]qkv|single_blocks[._]\d+[._]linear1)\.(lora_down|lora_A|lora_A\.default)\.weight$"
+)
+WIDTHS: dict[str, dict[int, tuple[str, str]]] = {
+    "dit": {
+        1152: ("pixart", "PixArt"), 1920: ("cogvideox", "CogVideoX"), 2048: ("ltx-video", "LTX-Video"),
+        2240: ("sana", "Sana"), 3072: ("cogvideox", "CogVideoX"), 4096: ("ltx-video", "LTX-Video"),
+    },
+    **{name: {4096: ("flux2", "FLUX.2"), 6144: ("flux2", "FLUX.2")} for name in ("flux1", "transformer")},
+}  # fmt: skip
 
 
 def recognise(names: Iterable[str], table: tuple[Foreign, ...]) -> Foreign | None:

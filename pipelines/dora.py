@@ -54,7 +54,7 @@ def magnitude_of(parts: Container[str]) -> str | None:
 def misfit(part: str, shape: Shape, target: Shape | None) -> str | None:
     """Say why a magnitude fits no layer of a shape, else None."""
     size = max(shape, default=1)
-    if len([side for side in shape if side != 1]) > 1:
+    if not shape or len([side for side in shape if side != 1]) > 1:
         return f"its magnitude {show(shape)} is no row of lengths"
     if target is None or (len(target) > 1 and size == target[0 if per_output(part, shape, target) else 1]):
         return None
@@ -63,6 +63,6 @@ def misfit(part: str, shape: Shape, target: Shape | None) -> str | None:
 
 def per_output(part: str, shape: Shape, target: Shape | None) -> bool:
     """Whether a magnitude counts outputs: PEFT's always does, LyCORIS' by the side it lies along."""
-    if part == "magnitude" or len(shape) == 1:
+    if part == "magnitude" or len(shape) < 2:
         return True
     return shape[0] != 1 or (target is not None and target[0] == 1)

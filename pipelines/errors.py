@@ -14,12 +14,16 @@ class IntarsiaError(Exception):
     code = "error"
 
     def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message, hint)  # both in args: errors cross process borders by pickle
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = printable(message), printable(hint)
+        super().__init__(self.message, self.hint)  # both in args: errors cross process borders by pickle
 
     def __str__(self) -> str:
         return f"{self.message} {self.hint}".strip()
+
+
+def printable(text: str) -> str:
+    """Put a mark for what cannot be shown: no name of a stranger's file may steer a terminal or break a line."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 class InputError(IntarsiaError):

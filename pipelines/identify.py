@@ -7,112 +7,37 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
 
 from .adapter_types import Role
 from .architectures import ModuleIndex, Shape, reference
-from .dialects import ALGORITHMS, FAMILIES, MODELS, Foreign, claimed_family, recognise, split_key
+from .dialects import (
+    ALGORITHMS,
+    ENTRANCE,
+    FAMILIES,
+    MODELS,
+    TEXT_WIDTHS,
+    WIDTHS,
+    Foreign,
+    claimed_family,
+    recognise,
+    split_key,
+)
 from .dora import magnitude_of
-from .errors import AdapterError
-from .headers import Header, hashes, read_header, scan
+from .headers import Header, hashes, read_header
 from .kind import flat, kinds
-from .layers import Collected, LayerNames, alphas, collect, misfits
+from .layers import Collected, alphas, collect, misfit, misfits
+from .report import ATTACHED, YARDSTICKS, Confidence, Report
 from .sources import mini_folder, resolve, unet_shapes
-from .trigger_words import text_of, trigger_words
+from .trigger_words import CAPTIONS, MAX_CAPTIONS, text_of, trigger_words
+from .verdict import broken, first, judge
 
-Confidence = Literal["certain", "likely", "guess"]
-# What a file without its model is held against: name, family and title. Mini has SDXL's blocks, and widths of its own.
-YARDSTICKS: dict[str, tuple[str, str]] = {
-    "sd15": ("sd15", "SD 1.5"),
-    "sdxl": ("sdxl", "SDXL"),
-    "mini": ("sdxl", "Mini"),
-    "flux1": ("flux1", "FLUX.1"),
-    "sd3": ("sd3", "SD 3 medium"),
-    "sd35-large": ("sd3", "SD 3.5 large"),
-    "wan-1.3b": ("wan", "Wan 1.3B"),
-    "wan-14b": ("wan", "Wan 14B"),
-}
-ATTACHED = frozenset(family for family, _ in YARDSTICKS.values())
+__all__ = ["HALVES", "Report", "inspect"]
+
 # B-LoRA: the SDXL attention blocks that hold content and style (arXiv:2403.14572).
 HALVES: dict[Role, str] = {"content": "unet.up_blocks.0.attentions.0.", "style": "unet.up_blocks.0.attentions.1."}
-SD2_WIDTH = 1024  # of its text encoder; SD 1.x has 768
-CONVERT_PLAIN = "Use an adapter made for SD 1.5, SDXL, SD 3, FLUX.1, Wan or Mini."
-
-
-@dataclass(frozen=True)
-class Report:
-    """What is known of an adapter file.
-
-    Args:
-        path: The file.
-        family: Key of FAMILIES or the name of a foreign family; "" if unknown.
-        algorithm: "lora", "locon" (with convolutions), or the name of a foreign algorithm; "" if unknown.
-        refusal: One sentence if the file cannot be used, else "".
-        hint: What to do about a refusal.
-        rank: The most common rank; 0 if there are no layers.
-        ranks: How many layers have which rank.
-        alpha: Smallest and largest alpha.
-        modules: Layers in the file.
-        matched: Of them, those whose module exists in the model and has the right shape; without a model, those the
-            family has by name.
-        unmatched: Layers without a module, as the file spells them.
-        misfits: Layers of another shape than their module, in words.
-        yardstick: The model without weights its layers were held against: "sd15", "sdxl", "mini"; "" if a model was
-            given.
-        dialect: How the names are spelled.
-        trigger: Words the prompt should hold, "" if none are known.
-        triggers: More words from the captions, most frequent first.
-        base: Name of the model it was made for, "" if the file does not say.
-        base_hash: Its hash as other tools write it.
-        role: What it depicts.
-        halves: B-LoRA halves it can be cut into.
-        sha256: Of the file. `tensor_sha256`: of the tensors alone.
-        confidence: How sure the family is; `reason` says from what.
-        warnings: What a person should know before using it.
-    """
-
-    path: Path
-    size: int
-    sha256: str
-    tensor_sha256: str
-    metadata: Mapping[str, str]
-    family: str = ""
-    algorithm: str = ""
-    refusal: str = ""
-    hint: str = ""
-    rank: int = 0
-    ranks: Mapping[int, int] = field(default_factory=dict[int, int])
-    alpha: tuple[float, float] = (0.0, 0.0)
-    dtypes: tuple[str, ...] = ()
-    modules: int = 0
-    matched: int = 0
-    unmatched: tuple[str, ...] = ()
-    misfits: tuple[str, ...] = ()
-    components: Mapping[str, int] = field(default_factory=dict[str, int])
-    yardstick: str = ""
-    dialect: str = ""
-    trigger: str = ""
-    triggers: tuple[str, ...] = ()
-    base: str = ""
-    base_hash: str = ""
-    role: Role = "concept"
-    halves: tuple[Role, ...] = ()
-    confidence: Confidence = "guess"
-    reason: str = ""
-    warnings: tuple[str, ...] = ()
-
-    def require_usable(self) -> None:
-        """Raise the refusal as an AdapterError, if there is one."""
-        if self.refusal:
-            raise AdapterError(self.refusal, self.hint)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything but the raw metadata, for JSON."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "metadata"}
-        return {**values, "path": str(self.path), "ranks": {str(rank): n for rank, n in self.ranks.items()}}
 
 
 def inspect(path: Path, shapes: Mapping[str, Shape] | None = None) -> Report:
@@ -154,22 +79,42 @@ def _foreign(bare: Report, header: Header) -> Report | None:
     names = header.tensors
     if not names:
         return replace(bare, refusal=f"{name} holds no tensors.", hint="Download it again.")
-    algorithm, family = recognise(names, ALGORITHMS), recognise(names, FAMILIES)
+    algorithm = recognise(names, ALGORITHMS)
+    if algorithm is None and not any("lora" in key or split_key(key, names) for key in names):
+        model = recognise(names, MODELS) or (MODELS[0] if _is_embedding(header) else None)
+        if model:
+            text = f"{name} is {model.title}, not an adapter."
+            return replace(bare, algorithm=model.name, refusal=text, hint=model.hint)
+    family = recognise(names, FAMILIES)
     if algorithm:
         where = f" for {family.title}" if family else ""
         known = family.name if family else _named_family(header)
         text = f"{name} is {algorithm.title}{where}; it cannot be used here."
         return replace(bare, family=known, algorithm=algorithm.name, refusal=text, hint=algorithm.hint)
-    if family and family.name == "transformer" and choose_family(header, None).family:
-        family = None  # diffusers' own names, which several models share
-    if family and family.name not in ATTACHED:
-        text = f"{name} is an adapter for {family.title}; it cannot be used here."
-        return replace(bare, family=family.name, algorithm=_kinds_named(names), refusal=text, hint=family.hint)
-    adapter = any("lora" in key or split_key(key, names) for key in names)
-    model: Foreign | None = None if adapter else recognise(names, MODELS)
-    if model:
-        return replace(bare, algorithm=model.name, refusal=f"{name} is {model.title}, not an adapter.", hint=model.hint)
-    return None
+    if family is None:
+        return None
+    other = _other_width(header, family)
+    shared = family.name == "transformer" and choose_family(header, None).family  # diffusers' own names, of several
+    if other is None and (shared or family.name in ATTACHED):
+        return None
+    known, title = other or (family.name, family.title)
+    what = title if family.itself else f"an adapter for {title}"
+    text = f"{name} is {what}; it cannot be used here."
+    return replace(bare, family=known, algorithm=_kinds_named(names), refusal=text, hint=family.hint)
+
+
+def _other_width(header: Header, family: Foreign) -> tuple[str, str] | None:
+    """Tell a relative that has the same names by the width of what its attention takes in."""
+    entrances = (info.shape for name, info in header.tensors.items() if ENTRANCE.search(name))
+    return WIDTHS.get(family.name, {}).get(next((shape[1] for shape in entrances if len(shape) == 2), 0))
+
+
+def _is_embedding(header: Header) -> bool:
+    """Whether a file holds a few rows as wide as a text encoder and nothing else."""
+    return len(header.tensors) <= 3 and all(
+        "." not in name and len(info.shape) in (1, 2) and info.shape[-1] in TEXT_WIDTHS
+        for name, info in header.tensors.items()
+    )
 
 
 def _kinds_named(names: Iterable[str]) -> str:
@@ -194,7 +139,7 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
     against = index or yardstick(choice.yardstick)
     found = collect(header, against)
     if found.strange or found.incomplete or not found.modules:
-        return replace(bare, family=choice.family, **_broken(bare.path.name, found))
+        return replace(bare, family=choice.family, **broken(bare.path.name, found))
     wrong = misfits(header, found)
     values, warnings = alphas(header, found)
     ranks = Counter(rank for names in found.layers.values() if (rank := names.rank(header)))
@@ -216,10 +161,30 @@ def _plain_lora(bare: Report, header: Header, shapes: Mapping[str, Shape] | None
         halves=find_halves(choice.family, found),
         confidence=choice.confidence,
         reason=choice.reason,
-        warnings=(*warnings, *choice.warnings, *_words(found)),
+        warnings=(*warnings, *choice.warnings, *_words(header, found)),
     )
     report = replace(report, role=find_role(report))
-    return _judge(report, header, found, values, index)
+    mixed = "" if index else _mixture(header, found, choice)
+    return judge(report, header, found, values, index, mixed)
+
+
+def _mixture(header: Header, found: Collected, choice: Choice) -> str:
+    """Name the models whose layers a file mixes: some fit one exactly, and of the others some fit another."""
+    fitting = _fitting(header, found)
+    strays = frozenset(header.tensors) - fitting
+    if not fitting or not strays:
+        return ""
+    for name in present_yardsticks():
+        family, called = YARDSTICKS[name]
+        if family != choice.family and strays & _fitting(header, collect(header, yardstick(name))):
+            return f"{YARDSTICKS[choice.yardstick][1]} and of {called}"
+    return ""
+
+
+def _fitting(header: Header, found: Collected) -> frozenset[str]:
+    """The tensors of layers that fit their module."""
+    layers = (names for path, names in found.layers.items() if not misfit(header, path, names))
+    return frozenset(tensor for names in layers for tensor in names.parts.values())
 
 
 def _algorithm(header: Header, found: Collected) -> str:
@@ -235,84 +200,14 @@ def _algorithm(header: Header, found: Collected) -> str:
     return ", ".join(sorted(names))
 
 
-def _words(found: Collected) -> tuple[str, ...]:
-    """Warn of learned words, without which a prompt that holds them means little."""
-    if not found.words:
-        return ()
-    return (f"It carries learned words, which are not used: {', '.join(found.words)}.",)
-
-
-def _broken(name: str, found: Collected) -> dict[str, str]:
-    if not found.modules and not found.incomplete:
-        return {"refusal": f"{name} holds no adapter layers that are known here.", "hint": CONVERT_PLAIN}
-    odd = found.strange or found.incomplete
-    what = "tensors that are no part of an adapter" if found.strange else "layers that lack some of their tensors"
-    return {"refusal": f"{name} holds {len(odd)} {what}: {_first(odd)}.", "hint": CONVERT_PLAIN}
-
-
-def _judge(
-    report: Report, header: Header, found: Collected, values: Mapping[str, float], index: ModuleIndex | None
-) -> Report:
-    """Look at the values, and decide whether what was found can be used."""
-    name, warnings = report.path.name, list(report.warnings)
-    seen = scan(header)
-    if seen.not_finite:
-        text = f"{name} holds NaN or infinity, first in {seen.not_finite}."
-        return replace(report, refusal=text, hint="Its training failed; use another file or an earlier checkpoint.")
-    if found.layers and all(_dead(names, values.get(path), seen.zeros) for path, names in found.layers.items()):
-        warnings.append("This adapter does nothing: every layer's change is zero.")
-    if index is None and report.misfits and report.family:
-        made = f"Made for {report.base}: " if report.base else ""
-        some = f"{len(report.misfits)} of {report.modules} layers do not fit {_title(report)} itself"
-        warnings.append(f"{made}{some}, first {report.misfits[0]}.")
-    report = replace(report, warnings=tuple(warnings))
-    if index is not None and report.matched < report.modules:
-        return replace(
-            report,
-            refusal=misfit_sentence(report),
-            hint=f"It was made for {_made_for(report)}: choose such a model, or another adapter.",
-        )
-    if _is_sd2(header, found):
-        return replace(
-            report,
-            family="sd2",
-            refusal=f"{name} is an adapter for Stable Diffusion 2; it cannot be used here.",
-            hint=CONVERT_PLAIN,
-        )
-    if not found.layers:
-        text = f"{name}: 0 of {report.modules} layers are known in any model: {_first(report.unmatched)}."
-        return replace(report, family="", refusal=text, hint=CONVERT_PLAIN)
-    if report.unmatched:
-        some = f"{len(report.unmatched)} of {report.modules} layers are not in {_title(report)}"
-        report = replace(report, warnings=(*report.warnings, f"{some}: {_first(report.unmatched)}."))
-    return report
-
-
-def _dead(names: LayerNames, alpha: float | None, zeros: frozenset[str]) -> bool:
-    """Whether a layer's change is zero, as far as zero tensors tell."""
-    if magnitude_of(names.parts):
-        return False
-    zero = [name in zeros for part, name in names.own.items() if part != "on_input"]
-    return (any(zero) or alpha == 0) if names.kind.product else all(zero)
-
-
-def misfit_sentence(report: Report) -> str:
-    """Say with counts and the first three names why a file does not fit a model."""
-    first = _first([*report.misfits, *(f"no module {name}" for name in report.unmatched)])
-    return f"{report.path.name} fits {report.matched} of {report.modules} modules of this model. First: {first}."
-
-
-def _made_for(report: Report) -> str:
-    return report.base or (_title(report) if report.family in ATTACHED else "another model")
-
-
-def _title(report: Report) -> str:
-    name = report.yardstick or report.family
-    return next(title for key, (family, title) in YARDSTICKS.items() if name in (key, family))
-
-
-def _first(names: tuple[str, ...] | list[str]) -> str:
-    return "; ".join(names[:3]) + ("; ..." if len(names) > 3 else "")
+def _words(header: Header, found: Collected) -> list[str]:
+    """Warn of learned words, without which a prompt that holds them means little, and of words that were not read."""
+    warnings: list[str] = []
+    if found.words:
+        warnings.append(f"It brings words of its own, which belong in the prompt: {first(found.words)}.")
+    if len(header.metadata.get(CAPTIONS, "")) > MAX_CAPTIONS:
+        warnings.append("Its table of captions is too long to be read, so frequent words are not known.")
+    return warnings
 
 
 @dataclass(frozen=True)
@@ -336,6 +231,11 @@ def yardstick(name: str) -> ModuleIndex:
     return ModuleIndex(unet_shapes(resolve("mini"))) if name == "mini" else reference(name)
 
 
+def present_yardsticks() -> list[str]:
+    """All of them, Mini only where it is installed."""
+    return [name for name in YARDSTICKS if name != "mini" or (mini_folder() / "model_index.json").is_file()]
+
+
 def choose_family(header: Header, index: ModuleIndex | None) -> Choice:
     """Tell the family. Shapes decide; where they fit several or none, names; then what the file claims."""
     if index is not None:
@@ -343,7 +243,7 @@ def choose_family(header: Header, index: ModuleIndex | None) -> Choice:
         if found.layers and not found.unmatched and not misfits(header, found) and index.family:
             return Choice(index.family, index.family, "certain", f"all {found.modules} layers fit the model")
     claim = claimed_family(dict(header.metadata))
-    present = [name for name in YARDSTICKS if name != "mini" or (mini_folder() / "model_index.json").is_file()]
+    present = present_yardsticks()
     scores = {name: _score(header, yardstick(name)) for name in present}
     best = max(scores.values())
     if best == (0, 0):
@@ -367,12 +267,6 @@ def choose_family(header: Header, index: ModuleIndex | None) -> Choice:
 def _score(header: Header, index: ModuleIndex) -> tuple[int, int]:
     found = collect(header, index)
     return len(found.layers) - len(misfits(header, found)), len(found.layers)
-
-
-def _is_sd2(header: Header, found: Collected) -> bool:
-    cross = [names for path, names in found.layers.items() if path.endswith(("attn2.to_k", "attn2.to_v"))]
-    down = [shapes["down"] for names in cross if "down" in (shapes := names.shapes(header))]
-    return bool(down) and all(shape[1:2] == (SD2_WIDTH,) for shape in down)
 
 
 def find_halves(family: str, found: Collected) -> tuple[Role, ...]:

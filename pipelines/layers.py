@@ -13,13 +13,17 @@ from .architectures import ModuleIndex, Shape, canonical
 from .dialects import split_key
 from .dora import magnitude_of
 from .errors import AdapterError
+from .header_table import shorten
 from .headers import Header
-from .kind import MAGNITUDES, Kind, kind_of
+from .kind import MAGNITUDES, Kind, kind_of, show
 from .numbered_names import EMBEDDING
 from .transformer_names import Piece
 
 PEFT_KEY = "lora_adapter_metadata"
 MAX_RANK = 65_536
+MAX_ALPHA = 1e6  # of either sign: sliders have negative ones
+MAX_TEXT = 2**22  # characters of a text that is parsed
+Pattern = Mapping[str, tuple[int, float]]  # ending of a module's path -> its place in the list, and a number
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Collected:
         strange: Tensor names that end like no adapter tensor.
         incomplete: Modules whose tensors make up no layer of any kind.
         styles: The dialects that occur.
-        words: Learned words the file carries besides its layers; they are not used.
+        words: Learned words the file carries besides its layers; see learned_words.py.
     """
 
     layers: dict[str, LayerNames] = field(default_factory=dict[str, LayerNames])
@@ -113,7 +117,10 @@ def collect(header: Header, index: ModuleIndex, plain: bool = False) -> Collecte
             found.unmatched.append(module)
         for piece in pieces:
             if piece.path in found.layers:
-                raise AdapterError(f"{header.path.name} holds the layer {piece.path} twice, in two spellings.")
+                raise AdapterError(
+                    f"{header.path.name} holds the layer {piece.path} twice, in two spellings.",
+                    "Ask its author for a file that holds it once.",
+                )
             found.layers[piece.path] = LayerNames(kind, parts, piece)
     return found
 
@@ -128,11 +135,12 @@ def plain_path(components: tuple[str, ...], module: str) -> str | None:
     return canonical(f"{components[0]}.{module}") if len(components) == 1 and "." in module else None
 
 
-def misfit(header: Header, path: str, names: LayerNames) -> str | None:
-    """Say in words why a layer's tensors do not fit together or onto their module, or give None."""
-    shapes, target = names.shapes(header), names.piece.whole or None
+def misfit(header: Header, path: str, names: LayerNames, alone: bool = False) -> str | None:
+    """Say in words why a layer's tensors do not fit together or (unless `alone`) onto their module, or give None."""
+    shapes, target = names.shapes(header), None if alone else names.piece.whole or None
     own = {part: shapes[part] for part in names.own}
-    wrong = names.kind.fit(own, target)
+    empty = next((part for part, shape in shapes.items() if 0 in shape), None)
+    wrong = f"its {empty} {show(shapes[empty])} is empty" if empty else names.kind.fit(own, target)
     part = magnitude_of(shapes)
     if wrong is None and part is not None:
         wrong = dora.misfit(part, shapes[part], target)
@@ -141,9 +149,9 @@ def misfit(header: Header, path: str, names: LayerNames) -> str | None:
     return f"{path}: {wrong}" if wrong else None
 
 
-def misfits(header: Header, found: Collected) -> list[str]:
-    """List what does not fit, layer by layer, in words."""
-    words = (misfit(header, path, names) for path, names in found.layers.items())
+def misfits(header: Header, found: Collected, alone: bool = False) -> list[str]:
+    """List what does not fit, layer by layer, in words; `alone`, what does not even fit together."""
+    words = (misfit(header, path, names, alone) for path, names in found.layers.items())
     return [text for text in words if text]
 
 
@@ -153,8 +161,8 @@ class PeftScale:
 
     r: int
     alpha: float
-    rank_pattern: Mapping[str, float]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: Pattern
+    alpha_pattern: Pattern
     rank_stabilised: bool
 
 
@@ -168,7 +176,7 @@ def peft_scales(metadata: Mapping[str, str]) -> tuple[dict[str, PeftScale], list
     if raw is None:
         return {}, []
     try:
-        parsed = json.loads(raw)
+        parsed = json.loads(raw) if len(raw) <= MAX_TEXT else None
     except (ValueError, RecursionError):
         parsed = None
     if not isinstance(parsed, dict):
@@ -194,14 +202,19 @@ def _peft_scale(values: Mapping[str, Any]) -> PeftScale | None:
     ranks, alphas = _pattern(values.get("rank_pattern")), _pattern(values.get("alpha_pattern"))
     if not _number(r) or not _number(alpha) or not 1 <= r <= MAX_RANK or ranks is None or alphas is None:
         return None
+    if any(abs(number) > MAX_ALPHA for number in (alpha, *(number for _, number in alphas.values()))):
+        return None
     return PeftScale(int(r), float(alpha), ranks, alphas, values.get("use_rslora") is True)
 
 
 def _number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number of 400 digits
+        return False
 
 
-def _pattern(value: object) -> dict[str, float] | None:
+def _pattern(value: object) -> Pattern | None:
     """PEFT's patterns are regular expressions; only plain module paths are taken from a stranger's file."""
     if value is None:
         return {}
@@ -210,24 +223,28 @@ def _pattern(value: object) -> dict[str, float] | None:
     pairs = cast(dict[str, Any], value)
     if not all(_number(number) for number in pairs.values()):
         return None
-    return {key.removeprefix("^").replace("\\.", "."): float(number) for key, number in pairs.items()}
+    found: dict[str, tuple[int, float]] = {}
+    for place, (key, number) in enumerate(pairs.items()):
+        found.setdefault(key.removeprefix("^").replace("\\.", "."), (place, float(number)))
+    return found
 
 
-def _by_pattern(pattern: Mapping[str, float], path: str, default: float) -> float:
-    inner = path.split(".", 1)[1]
-    for key, number in pattern.items():
-        if inner == key or inner.endswith("." + key):
-            return number
-    return default
+def _by_pattern(pattern: Pattern, path: str, default: float) -> float:
+    """The number of the first row of a pattern that a path ends with, found by the path's few endings."""
+    steps = path.split(".")[1:]
+    endings = (".".join(steps[start:]) for start in range(len(steps)))
+    rows = [pattern[ending] for ending in endings if ending in pattern]
+    return min(rows)[1] if rows else default
 
 
 def alphas(header: Header, found: Collected) -> tuple[dict[str, float], list[str]]:
     """Give the alpha of every layer that has a rank: its own tensor first, then the PEFT configuration, else its rank.
 
     Raises:
-        AdapterError: An alpha tensor is not one finite number.
+        AdapterError: An alpha tensor is not one number, or an absurd one.
     """
     scales, warnings = peft_scales(header.metadata)
+    given = _given(header, found)
     result: dict[str, float] = {}
     disagree: list[str] = []
     for path, names in found.layers.items():
@@ -237,7 +254,7 @@ def alphas(header: Header, found: Collected) -> tuple[dict[str, float], list[str
         result[path] = float(rank)
         scale = scales.get(path.split(".", 1)[0])
         if names.alpha:
-            result[path] = _alpha_value(header, names.alpha)
+            result[path] = given[names.alpha]
         elif scale:
             if _by_pattern(scale.rank_pattern, path, scale.r) != rank:
                 disagree.append(path)
@@ -252,8 +269,15 @@ def alphas(header: Header, found: Collected) -> tuple[dict[str, float], list[str
     return result, warnings
 
 
-def _alpha_value(header: Header, name: str) -> float:
-    value = header.values(name).reshape(-1) if math.prod(header.tensors[name].shape) == 1 else [math.nan]
-    if not math.isfinite(value[0]):
-        raise AdapterError(f"{header.path.name}: {name} is not one finite number.", "Get it from another source.")
-    return float(value[0])
+def _given(header: Header, found: Collected) -> dict[str, float]:
+    """Every alpha tensor's number, read in one go."""
+    names = [names.alpha for names in found.layers.values() if names.alpha and names.rank(header)]
+    single = {name for name in names if math.prod(header.tensors[name].shape) == 1}
+    values = header.numbers(single)
+    for name in names:
+        if name not in single or not abs(values[name]) <= MAX_ALPHA:
+            raise AdapterError(
+                f"{header.path.name}: {shorten(name)} is not one number that an alpha can be.",
+                "It is damaged: use another file, or an earlier checkpoint.",
+            )
+    return values

@@ -30,6 +30,8 @@ MAX_BYTES = 2**29  # of a file
 CHUNK = "intarsia"
 FORMAT_VERSION = 1
 PACKAGES = ("intarsia", "torch", "diffusers", "transformers")
+# Pixels alone: Pillow knows others too, and hands an EPS, whatever its name, to Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 WAY_OUT = "Use a PNG, JPEG or WebP picture."
 
 
@@ -48,7 +50,8 @@ def open_picture(source: Path | str | bytes, limit: int = MAX_PIXELS) -> Image.I
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
-            picture = Image.open(io.BytesIO(raw))
+            Image.init()
+            picture = Image.open(io.BytesIO(raw), formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
         raise InputError(f"{name} is not a picture that can be read.", WAY_OUT) from None
     except Image.DecompressionBombError:

@@ -14,7 +14,6 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
-from .adapter_file import SPEC, card, write_adapter
 from .adapter_types import AdapterFile, LowRank, Role
 from .errors import AdapterError
 from .events import CancelToken, Progress
@@ -210,6 +209,8 @@ def layer_by_layer(inputs: Inputs, options: ToolOptions, tool: str, make: Callab
     told = [in_sum(rows)]
     if left:
         told.append(f"{len(left)} norms are left out, which low-rank factors cannot change: first {left[0]}.")
+    from .adapter_file import write_adapter
+
     texts = provenance(inputs, options, tool) | _texts(inputs.sources, family)
     return Made(COLUMNS, tuple(rows), tuple(told), lambda path: write_adapter(path, layers, texts))
 
@@ -274,6 +275,8 @@ def provenance(inputs: Inputs, options: ToolOptions, tool: str) -> dict[str, str
 
 def _texts(sources: Sequence[Source], family: str) -> dict[str, str]:
     """Header texts of a result: trigger words of all, and what all agree on."""
+    from .adapter_file import SPEC, card
+
     adapters = [source.adapter for source in sources]
     triggers = dict.fromkeys(adapter.trigger for adapter in adapters if adapter.trigger)
     roles: set[Role] = {adapter.role for adapter in adapters}

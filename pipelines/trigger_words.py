@@ -7,13 +7,17 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
+CAPTIONS = "ss_tag_frequency"
+MAX_CAPTIONS = 2**22  # characters of the table of captions
+
 
 def trigger_words(metadata: Mapping[str, str]) -> tuple[str, tuple[str, ...]]:
     """Give the trigger phrase, and up to eight frequent words of the training captions."""
     said = text_of(metadata, "intarsia.trigger", "modelspec.trigger_phrase")
     counts: Counter[str] = Counter()
+    table = metadata.get(CAPTIONS, "{}")
     try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        folders = json.loads(table) if len(table) <= MAX_CAPTIONS else {}
     except (ValueError, RecursionError):
         folders = {}
     for tags in cast(dict[str, Any], folders).values() if isinstance(folders, dict) else ():

@@ -98,8 +98,7 @@ class Trainer:
         self.gpu = self.device.type == "cuda"
         self.bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a third faster where the processor can
         self.learning_rate, self.step, self.asked_to_stop = learning_rate, 0, False
-        named_parts = parts.trained()
-        self.weights = {f"{n}.{k}": p for n, part in named_parts.items() for k, p in part.named_parameters()}
+        self.weights = {f"{n}.{k}": p for n, part in parts.trained().items() for k, p in part.named_parameters()}
         self.average = {key: value.detach().clone() for key, value in self.weights.items()}
         self.optimizer = torch.optim.AdamW(
             list(self.weights.values()), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=self.gpu
@@ -165,8 +164,7 @@ class Trainer:
         chosen = torch.randint(len(pool.latents), (batch,), generator=rng, device=device)
         clean = pool.latents[chosen].float()
         noise = torch.randn(clean.shape, generator=rng, device=device)
-        # With 2, half of all draws fall on the noisiest quarter: there it is decided what is drawn. Even colours and
-        # clean edges are decided below the middle, and want 1 or less once the rest is learned.
+        # With 2, half fall on the noisiest quarter, where it is decided what is drawn; even colours want 1 or less.
         timesteps = 999 - (1000 * torch.rand(batch, generator=rng, device=device) ** phase.noisy).long()
         dropped = torch.rand(batch, generator=rng, device=device) < 0.1
         told = torch.rand(batch, generator=rng, device=device) < 0.5  # the pooled text; see below

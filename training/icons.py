@@ -10,11 +10,12 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from ..pipelines.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SIZE = 256
 GROUPS = {0: "faces", 1: "people", 3: "animals", 4: "food", 5: "travel", 6: "activities", 7: "objects"}
@@ -200,6 +201,8 @@ def draw(glyph: Glyph, size: int = SIZE) -> Image.Image:
     Raises:
         InputError: The package that renders icons is missing.
     """
+    from PIL import Image
+
     if glyph.file:
         picture = Image.open(glyph.file).convert("RGBA")
     else:

@@ -17,7 +17,8 @@ from gradio.utils import get_upload_folder
 from ...pipelines.errors import InputError, IntarsiaError
 from ..present import storage_error
 from ..settings import Home
-from ..studio import Job, Studio
+from ..studio import Job, JobKind, Studio
+from .library_view import Panel, View
 from .pieces import esc
 from .watch import Watch, Watcher
 
@@ -47,7 +48,7 @@ class Desk:
         while not self.studio.job(job_id).finished_already and time.monotonic() < end:
             time.sleep(0.05)
 
-    def active(self, kind: Any) -> list[Job]:  # noqa: ANN401 - JobKind, a Literal of the studio's
+    def active(self, kind: JobKind) -> list[Job]:
         """Jobs that run or wait, the running ones first, then in the order they will run."""
         jobs = [job for job in reversed(self.studio.jobs(limit=60, kind=kind)) if job.state in ACTIVE]
         return sorted(jobs, key=lambda job: job.state != "running")
@@ -62,14 +63,24 @@ class Seen:
         picture: Job id and number of the picture a person chose to look at, None for the newest.
         run: Job id opened in the runs tab.
         training: Job id followed in the train tab, "" for the newest.
+        tool: Job id of the tool it used last, "" if none.
         unfinished: Jobs seen at work: when they end badly, this tab says so once.
+        view: What it looks for in the library.
+        panel: The report or form that is open there.
+        wanted: What it looks for among the adapters it could use.
+        library_seen: When it last looked at the library, as a monotonic time.
     """
 
     sent: dict[str, tuple[Any, int]] = field(default_factory=dict[str, tuple[Any, int]])
     picture: tuple[str, int] | None = None
     run: str = ""
     training: str = ""
+    tool: str = ""
     unfinished: set[str] = field(default_factory=set[str])
+    view: View = field(default_factory=View)
+    panel: Panel | None = None
+    wanted: str = ""
+    library_seen: float = 0.0
 
     def fresh(self, place: str, value: Any) -> Any:  # noqa: ANN401
         """Give the value if this tab may not show it yet, else "leave as it is".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +10,14 @@ import gradio as gr
 
 from ...pipelines.errors import InputError
 from ...pipelines.events import Failed, Interrupted
-from ..studio import Studio
+from ..studio import JobKind, Studio
 from . import rack, tab_generate, tab_library, tab_runs, tab_train
 from .desk import CALM, Desk, Seen, shown, toast, uploaded
 from .pieces import MOTIF, esc
 from .watch import Watcher
 
 BUSY, IDLE = 0.4, 1.0  # seconds between two looks at the job store
+KINDS: tuple[JobKind, ...] = ("generate", "train", "tool", "effect")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -43,9 +45,9 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Tab("Runs", id="runs-tab"):
                 runs = tab_runs.build(desk, seen)
         tabs = Tabs(generate, library, train, runs)
-        tab_library.connect(desk, library, **CALM)
+        tab_library.connect(desk, library, seen, **CALM)
         _connect_use(desk, tabs)
-        _connect_drop(desk, tabs, drop)
+        _connect_drop(desk, tabs, drop, seen)
         _connect_clock(page, desk, tabs, Shared(seen, trouble, status))
     return page
 
@@ -71,7 +73,7 @@ class Shared:
 
 def masthead(desk: Desk) -> str:
     """The name, and in one glance what the studio is doing."""
-    jobs = [*desk.active("generate"), *desk.active("train")]
+    jobs = [job for kind in KINDS for job in desk.active(kind)]
     running = sum(job.state == "running" for job in jobs)
     words = f"{running} running" if running else "starting" if jobs else "ready"
     if len(jobs) > running and running:
@@ -93,39 +95,37 @@ def _connect_use(desk: Desk, tabs: Tabs) -> None:
     def use(value: rack.Value, event: gr.EventData) -> Any:  # noqa: ANN401 - a value, or "leave as it is"
         if event.act != "use":
             return gr.skip()
-        fresh = {**value, "shelf": rack.shelf_rows(desk)}
-        return rack.with_entries(fresh, rack.group_of(desk, str(event.name)))
+        return rack.with_entries(value, rack.group_of(desk, str(event.name)))
 
     for place in (tabs.library.cards, tabs.train.live, tabs.runs.detail):
         place.act(use, tabs.generate.rack, tabs.generate.rack, **CALM)
 
 
-def _connect_drop(desk: Desk, tabs: Tabs, drop: gr.HTML) -> None:
+def _connect_drop(desk: Desk, tabs: Tabs, drop: gr.HTML, seen: gr.State) -> None:
     """Files dropped anywhere: adapters go into the library, pictures bring settings back or become lessons."""
     generate = tabs.generate
 
     @shown
-    def dropped(sheet: list[dict[str, str]], value: rack.Value, event: gr.EventData) -> list[Any]:
+    def dropped(sheet: list[dict[str, str]], value: rack.Value, given: Seen, event: gr.EventData) -> list[Any]:
         files = [_received(file) for file in event.files]
         pictures, others = _sorted(files, training=event.tab == "Train")
         filled: list[Any] = [gr.skip() for _ in generate.filled]
-        cards: Any = gr.skip()
+        library: list[Any] = [gr.skip() for _ in tabs.library.live]
         if others:
             entries = tab_library.take_in(desk, others)
-            cards = tab_library.shelf_html(desk)
+            library = tab_library.refresh(desk, tabs.library, given)
             use = entries if event.tab == "Generate" else []
-            fresh = {**value, "shelf": rack.shelf_rows(desk)}
-            filled[generate.filled.index(generate.rack)] = rack.with_entries(fresh, use)
+            filled[generate.filled.index(generate.rack)] = rack.with_entries(value, use) if use else gr.skip()
         if pictures and event.tab == "Train":
             sheet = tab_train.take_in(desk, pictures, sheet)
         elif pictures:
             filled = tab_generate.restore(desk, generate, uploaded(pictures[0][1]))
-        return [sheet, cards, *filled]
+        return [sheet, *library, *filled]
 
     drop.drop(
         dropped,
-        [tabs.train.pictures, generate.rack],
-        [tabs.train.pictures, tabs.library.cards, *generate.filled],
+        [tabs.train.pictures, generate.rack, seen],
+        [tabs.train.pictures, *tabs.library.live, *generate.filled],
         **CALM,
     )
 
@@ -145,19 +145,19 @@ def _sorted(files: list[tuple[str, str]], training: bool) -> tuple[list[tuple[st
 
 def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> None:
     """Everything live comes from here: a reload, a second tab and a restart show the same, for all read the store."""
-    places = [*tabs.generate.live, *tabs.train.watched, *tabs.runs.watched, shared.status, tabs.library.cards]
+    places = [*tabs.generate.live, *tabs.train.watched, *tabs.runs.watched, *tabs.library.live, shared.status]
 
-    def tick(seen: Seen, value: rack.Value) -> list[Any]:
+    def tick(seen: Seen) -> list[Any]:
         news = _trouble(desk, seen)
-        rows = rack.shelf_rows(desk)
-        changed = value["shelf"] != rows
+        due = time.monotonic() - seen.library_seen > tab_library.LOOK_EVERY
+        offers = seen.fresh("offers", rack.offered(desk, seen)) if due else gr.skip()
         return [
             *tab_generate.refresh(desk, seen),
             *tab_train.refresh(desk, seen),
             *tab_runs.refresh(desk, seen),
+            *tab_library.refresh(desk, tabs.library, seen, now=False),
             seen.fresh("status", masthead(desk)),
-            seen.fresh("library", tab_library.shelf_html(desk)),
-            {**value, "shelf": rows} if changed else gr.skip(),
+            offers,
             news or gr.skip(),
             _pace(seen),
         ]
@@ -173,8 +173,8 @@ def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> N
                 raise toast(InputError("The process that did the work ended before it was done.", way), "Interrupted")
 
     timer = gr.Timer(BUSY)
-    outputs = [*places, tabs.generate.rack, shared.trouble, timer]
-    gr.on([timer.tick, page.load], tick, [shared.seen, tabs.generate.rack], outputs, trigger_mode="once", **CALM)
+    outputs = [*places, tabs.generate.offers, shared.trouble, timer]
+    gr.on([timer.tick, page.load], tick, shared.seen, outputs, trigger_mode="once", **CALM)
     shared.trouble.change(announce, shared.trouble, None, **CALM)
 
 
@@ -185,7 +185,7 @@ def _pace(seen: Seen) -> Any:  # noqa: ANN401 - an update, or "leave as it is"
 
 def _trouble(desk: Desk, seen: Seen) -> str:
     """Find a job this tab saw at work that ended badly since; each is told once. "" if there is none."""
-    active = {job.id for kind in ("generate", "train") for job in desk.active(kind)}
+    active = {job.id for kind in KINDS for job in desk.active(kind)}
     over = sorted(seen.unfinished - active)
     seen.unfinished = active | set(over[1:])
     return f"{over[0]} ended" if over and desk.studio.job(over[0]).state in ("failed", "interrupted") else ""

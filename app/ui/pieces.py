@@ -33,8 +33,10 @@ def image(path: str | Path, alt: str, version: int = 0, classes: str = "") -> st
     return f'<img src="{file_url(path, version)}" alt="{esc(alt)}" class="{classes}" draggable="false">'
 
 
-def chip(text: object, classes: str = "") -> str:
-    return f'<span class="chip {classes}">{esc(text)}</span>'
+def chip(text: object, classes: str = "", title: str = "") -> str:
+    """A small word in a box; `title` is its tooltip."""
+    said = f' title="{esc(title)}"' if title else ""
+    return f'<span class="chip {classes}"{said}>{esc(text)}</span>'
 
 
 def button(label: str, act: str, classes: str = "", **data: object) -> str:

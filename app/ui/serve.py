@@ -75,7 +75,7 @@ def serve(
             share=False,
             quiet=True,
             prevent_thread_lock=True,
-            allowed_paths=[str(home.outputs), str(home.root / "jobs")],
+            allowed_paths=[str(home.outputs), str(home.root / "jobs"), str(home.thumbnails)],
             max_file_size=UPLOAD_LIMIT,
             ssr_mode=False,
             strict_cors=True,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...pipelines.events import Artifact, Failed, Interrupted, Stopped
-from ...pipelines.requests import GenerateRequest
+from ...pipelines.requests import AdapterUse, GenerateRequest
 from ..present import STAGES, duration, rate
 from ..studio import Job
 from .desk import Desk, Seen
@@ -116,7 +116,7 @@ def _picture(desk: Desk, job_id: str, number: int) -> str:
         words.append(request.scheduler.replace("_", " "))
     if watch.seconds:
         words.append(duration(watch.seconds))
-    chips = "".join(chip(f"{use.adapter} {use.weight:g}", "adapter") for use in request.adapters)
+    chips = "".join(chip(_use_words(use), "adapter", use.spelled) for use in request.adapters)
     notes = "".join(f'<p class="notice">{esc(text)}</p>' for text in watch.notices)
     url = file_url(path)
     tools = (
@@ -132,6 +132,15 @@ def _picture(desk: Desk, job_id: str, number: int) -> str:
         f'<span class="num">{esc(" · ".join(words))}</span>{chips}{notes}</div>'
         f'<div class="tools">{tools}</div></div>'
     )
+
+
+def _use_words(use: AdapterUse) -> str:
+    words = [f"{use.adapter} {use.weight:g}"]
+    if use.blocks:
+        words.append("1 part" if len(use.blocks) == 1 else f"{len(use.blocks)} parts")
+    if (use.first, use.last) != (0, 1):
+        words.append(f"{use.first:.0%} to {use.last:.0%}")
+    return ", ".join(words)
 
 
 def gallery_pictures(desk: Desk, limit: int = GALLERY) -> Iterator[tuple[Job, int, Artifact]]:

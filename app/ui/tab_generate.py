@@ -28,6 +28,7 @@ class GenerateTab:
 
     form: Form
     rack: gr.HTML
+    offers: gr.HTML
     stage: gr.HTML
     gallery: gr.HTML
     message: gr.HTML
@@ -64,10 +65,10 @@ def build(desk: Desk, seen: gr.State) -> GenerateTab:
             )
         with gr.Column(elem_classes="settings"):
             gr.HTML("<h4>Adapters</h4>", apply_default_css=False)
-            uses = rack.component()
+            uses, offers = rack.component(), rack.offers()
             gr.HTML("<h4>Settings</h4>", apply_default_css=False)
             random, reuse = _settings(desk, form)
-    tab = GenerateTab(form.build(), uses, picture, results, message, stop)
+    tab = GenerateTab(form.build(), uses, offers, picture, results, message, stop)
     _connect(desk, tab, seen, go)
     seed = tab.form.controls["seed"]
 
@@ -151,7 +152,7 @@ def _connect(desk: Desk, tab: GenerateTab, seen: gr.State, go: gr.Button) -> Non
     tab.stop.click(stop, seen, tab.live, **CALM)
     for place in (tab.stage, tab.gallery):
         place.act(act, seen, [*tab.filled, *tab.live], **CALM)
-    rack.connect(desk, tab.rack)
+    rack.connect(desk, tab.rack, tab.offers, seen)
     tab.rack.word(word, tab.form.controls["prompt"], tab.form.controls["prompt"], **CALM)
 
 

@@ -1,31 +1,48 @@
-"""The Library tab: a card per adapter; files come in by dropping them anywhere or by the button."""
+"""The Library tab: search and filters, a card per adapter, and beside them a report or the form that edits one."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from concurrent.futures import wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
+from gradio.components import Component
 
-from ...pipelines.errors import InputError, IntarsiaError
-from ..present import size
-from .desk import TOAST_SECONDS, Desk, shown, uploaded
-from .pieces import button, chip, clock, empty, esc, facts, thumbnail
+from ...pipelines.errors import AdapterError, InputError, IntarsiaError
+from . import library_edit, library_effect, library_tools
+from .desk import TOAST_SECONDS, Desk, Seen, shown, uploaded
+from .library_cards import cards_html, matched
+from .library_report import Measures, report_html
+from .library_view import CARDS, Panel, View, bar
+from .pieces import esc
 
 if TYPE_CHECKING:
-    from ..shelf import Entry
+    from ..library_entry import Entry
 
-ALGORITHMS = {"lora": "LoRA", "blora": "B-LoRA", "lcm": "LCM-LoRA"}
+LOOK_EVERY = 3.0  # seconds between two looks at the library: other processes may bring something in
+PATIENCE = 0.8  # seconds a click waits for a small adapter's measure
 
 
 @dataclass(frozen=True)
 class LibraryTab:
     """The parts of the tab that others read or fill."""
 
+    bar: gr.HTML
     cards: gr.HTML
+    panel: gr.HTML
+    effect: gr.HTML
     add: gr.UploadButton
+    measures: Measures
+    tools: library_tools.ToolPanel
+
+    @property
+    def live(self) -> list[Component]:
+        """What the page's clock keeps up to date."""
+        return [self.bar, self.cards, self.panel, self.effect, self.tools.outcome]
 
 
 def build(desk: Desk) -> LibraryTab:
@@ -36,65 +53,56 @@ def build(desk: Desk) -> LibraryTab:
             apply_default_css=False,
         )
         add = gr.UploadButton("Add files", file_count="multiple", elem_id="library-add", scale=0, min_width=120)
+    search = gr.HTML(
+        value={},
+        html_template='<div class="library-bar"></div>',
+        elem_id="library-bar",
+        apply_default_css=False,
+        js_on_load="intarsia.libraryBar(element, props, trigger, watch); /* 'query' */",
+    )
     cards = gr.HTML(
         elem_id="library", apply_default_css=False, js_on_load="intarsia.actions(element, trigger); /* 'act' */"
     )
-    return LibraryTab(cards, add)
+    with gr.Column(elem_id="library-drawer"):
+        script = "intarsia.panel(element, trigger, watch); /* 'act' */"
+        panel = gr.HTML(elem_id="library-panel", apply_default_css=False, js_on_load=script)
+        effect = gr.HTML(elem_id="library-effect", apply_default_css=False, js_on_load=script)
+    return LibraryTab(search, cards, panel, effect, add, Measures(desk.studio), library_tools.build(desk))
 
 
-def shelf_html(desk: Desk) -> str:
-    """All cards, newest first; halves of a pair stand together."""
-    entries = sorted(desk.studio.shelf.entries(), key=lambda entry: entry.created, reverse=True)
-    if not entries:
-        return empty(
-            "No adapters yet",
-            "Drop a LoRA or B-LoRA file here, or train one from a picture of yours.",
-            button("Train one", "none", "primary", tab="Train"),
-        )
-    return f'<div class="cards">{"".join(card(entry) for entry in entries)}</div>'
+def refresh(desk: Desk, tab: LibraryTab, seen: Seen, now: bool = True) -> list[Any]:
+    """Values for `tab.live`, unchanged ones left alone; unless `now`, the cards wait for their time."""
+    due = now or time.monotonic() - seen.library_seen > LOOK_EVERY
+    values: list[Any] = [gr.skip(), gr.skip()]
+    if due:
+        seen.library_seen = time.monotonic()
+        page = desk.studio.shelf.page(seen.view.query)
+        values = [
+            seen.fresh("library-bar", bar(desk, seen.view, page)),
+            seen.fresh("library", cards_html(desk, seen.view, page)),
+        ]
+    panel, effect = panel_html(desk, tab, seen)
+    return [
+        *values,
+        seen.fresh("library-panel", panel),
+        seen.fresh("library-effect", effect),
+        seen.fresh("tool-outcome", library_tools.outcome_html(desk, seen)),
+    ]
 
 
-def card(entry: Entry) -> str:
-    """One adapter: what it is, whether it fits, what it wants in the prompt."""
-    kind = ALGORITHMS.get(entry.algorithm, entry.algorithm)
-    chips = chip(kind) + chip(entry.family) + (chip(f"rank {entry.rank}") if entry.rank else "")
-    if entry.role != "concept":
-        chips += chip(entry.role, "role")
-    words = f'<p class="trigger">Trigger words: <b>{esc(entry.trigger)}</b></p>' if entry.trigger else ""
-    fits = f'<p class="matched">{esc(matched(entry))}</p>'
-    warnings = "".join(f'<p class="warning">{esc(text)}</p>' for text in getattr(entry, "warnings", ()))
-    tools = (
-        button("Use in Generate", "use", "primary", name=entry.name, tab="Generate")
-        + button("Remove", "remove", "danger", name=entry.name, confirm="Really remove?")
-    )  # fmt: skip
-    more = facts(
-        (
-            ("File", Path(entry.path).name),
-            ("Size", size(entry.size)),
-            ("Made for", entry.base),
-            ("Added", clock(entry.created)),
-            ("SHA-256", entry.sha256),
-        )
-    )
-    return (
-        f'<article class="card" data-name="{esc(entry.name)}">{face(entry)}'
-        f'<div class="card-body"><h3 title="{esc(entry.name)}">{esc(entry.name)}</h3><div class="chips">{chips}</div>'
-        f"{fits}{words}{warnings}<details><summary>Details</summary>{more}</details>"
-        f'<div class="tools">{tools}</div></div></article>'
-    )
-
-
-def face(entry: Entry) -> str:
-    """The card's picture, or two letters where there is none."""
-    if entry.thumbnail and Path(entry.thumbnail).is_file():
-        return f'<img class="face" src="{thumbnail(str(entry.thumbnail))}" alt="">'
-    letters = "".join(word[0] for word in entry.name.replace("_", "-").split("-") if word)[:2].upper()
-    return f'<div class="face letters {esc(entry.role)}" aria-hidden="true">{esc(letters)}</div>'
-
-
-def matched(entry: Entry) -> str:
-    """Say how much of the file fits its family."""
-    return f"{entry.matched} of {entry.modules} modules matched"
+def panel_html(desk: Desk, tab: LibraryTab, seen: Seen) -> tuple[str, str]:
+    """The open report, or the form, and the measured effect; "" if nothing is open, or if its adapter went away."""
+    if seen.panel is None:
+        return "", ""
+    try:
+        entry = desk.studio.shelf.find(seen.panel.name)
+        report = tab.measures.inspect(entry)
+    except AdapterError:
+        seen.panel = None
+        return "", ""
+    if seen.panel.mode == "edit":
+        return library_edit.edit_html(entry, report), ""
+    return report_html(entry, report, tab.measures.of(entry)), library_effect.effect_html(desk, entry)
 
 
 def take_in(desk: Desk, files: Iterable[tuple[str, str]]) -> list[Entry]:
@@ -118,21 +126,71 @@ def take_in(desk: Desk, files: Iterable[tuple[str, str]]) -> list[Entry]:
     return entries
 
 
-def connect(desk: Desk, tab: LibraryTab, **calm: Any) -> None:  # noqa: ANN401 - listener settings
-    """Removing and the button; dropping and "use" are connected by the page, they reach into other tabs."""
+def connect(desk: Desk, tab: LibraryTab, seen: gr.State, **calm: Any) -> None:  # noqa: ANN401 - listener settings
+    """Searching, the cards' buttons, the panel; dropping and "use" reach into other tabs, the page connects them."""
 
     @shown
-    def act(event: gr.EventData) -> str:
-        if event.act == "remove":
-            desk.studio.shelf.remove(str(event.name))
-        return shelf_html(desk)
+    def query(given: Seen, event: gr.EventData) -> list[Any]:
+        given.view = View.read(dict(event.told))
+        return refresh(desk, tab, given)
 
     @shown
-    def add(paths: list[str] | None) -> str:
+    def act(given: Seen, event: gr.EventData) -> list[Any]:
+        _act(desk, tab, given, event)
+        return refresh(desk, tab, given)
+
+    @shown
+    def add(paths: list[str] | None, given: Seen) -> list[Any]:
         if not paths:
             raise InputError("No file was chosen.", "")
         take_in(desk, [(Path(path).name, path) for path in paths])
-        return shelf_html(desk)
+        return refresh(desk, tab, given)
 
-    tab.cards.act(act, None, tab.cards, **calm)
-    tab.add.upload(add, tab.add, tab.cards, **calm)
+    tab.bar.query(query, seen, tab.live, trigger_mode="always_last", **calm)
+    for place in (tab.cards, tab.panel, tab.effect):
+        place.act(act, seen, tab.live, **calm)
+    library_tools.connect(desk, tab.tools, seen, tab.cards)
+    tab.add.upload(add, [tab.add, seen], tab.live, **calm)
+
+
+def _act(desk: Desk, tab: LibraryTab, seen: Seen, event: gr.EventData) -> None:
+    """Do what a button of a card or of the panel is for."""
+    shelf = desk.studio.shelf
+    match event.act:
+        case "star":
+            shelf.favourite(str(event.name), event.on != "true")
+        case "remove":
+            shelf.remove(str(event.name))
+            gr.Info(f"<b>{esc(event.name)}</b> is in the trash.", title="Removed", duration=6)
+        case "restore":
+            shelf.restore(str(event.name))
+        case "empty":
+            shelf.empty_trash()
+        case "save":
+            library_edit.save(desk, str(event.name), dict(event.form))
+            seen.panel = None
+        case "effect":
+            seen.unfinished.add(library_effect.start(desk, str(event.name), dict(event.form)).id)
+        case "effect-stop":
+            desk.studio.cancel(str(event.job))
+            desk.await_end(str(event.job))
+        case _:
+            _look(desk, tab, seen, event)
+
+
+def _look(desk: Desk, tab: LibraryTab, seen: Seen, event: gr.EventData) -> None:
+    """Show something else; nothing is changed."""
+    match event.act:
+        case "more":
+            seen.view = replace(seen.view, shown=seen.view.shown + CARDS)
+        case "clear":
+            seen.view = View(trashed=seen.view.trashed, sort=seen.view.sort)
+        case "close":
+            seen.panel = None
+        case "edit":
+            seen.panel = Panel(str(event.name), "edit")
+        case "report":
+            seen.panel = Panel(str(event.name), "report")
+            wait([tab.measures.of(desk.studio.shelf.find(seen.panel.name))], PATIENCE)
+        case _:
+            pass

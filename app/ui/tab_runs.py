@@ -9,16 +9,18 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from ...pipelines.requests import GenerateRequest
+from ...pipelines.requests import EffectRequest, ToolRequest, TrainRequest
 from ..present import duration, title
-from ..studio import Job
+from ..studio import Job, JobKind
 from . import training
 from .desk import CALM, Desk, Seen, shown
+from .library_effect import effect_of
 from .pieces import button, clock, empty, esc, facts, image, progress
 from .stage import stage_words, status_line
 from .watch import Watch, pictures_of
 
 RUNS = 50
+KINDS: dict[JobKind, str] = {"generate": "Picture", "train": "Training", "tool": "Tool", "effect": "Effect"}
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,13 @@ def table_html(desk: Desk, jobs: list[Job], opened: Job | None) -> str:
 
 def row(job: Job, watch: Watch, chosen: bool) -> str:
     """One job in the list: what, how it stands, when, how long."""
-    kind = "Picture" if job.kind == "generate" else "Training"
     took = duration(job.finished - job.started) if job.finished and job.started else ""
     going = job.state == "running"
     middle = progress(watch.fraction, busy=not watch.total) if going else ""
     said = stage_words(watch) if going else took
     return (
         f'<button type="button" class="run-row{" chosen" if chosen else ""}" data-act="open" data-job="{esc(job.id)}"'
-        f' data-state="{job.state}"><span class="kind">{kind}</span>'
+        f' data-state="{job.state}"><span class="kind">{KINDS[job.kind]}</span>'
         f'<span class="title">{esc(title(job.request))}</span>'
         f'{training.state_chip(job)}<span class="num">{esc(said)}</span>'
         f'<span class="num when">{clock(job.created)}</span>{middle}</button>'
@@ -108,9 +109,13 @@ def detail_html(desk: Desk, job: Job) -> str:
     if not job.finished_already:
         tools = button("Stop", "stop", job=job.id)
     body = training.live(desk, job) if job.kind == "train" else _pictures(desk, job)
-    wanted = job.request.model_dump(exclude_none=True, exclude={"kind", "adapters", "pictures", "options"})
+    if job.kind == "effect" and job.state == "done":
+        body += effect_of(desk, job)
+    wanted = job.request.model_dump(exclude_none=True, exclude={"kind", "adapter", "adapters", "pictures", "options"})
     pairs = [(name.replace("_", " ").capitalize(), value) for name, value in wanted.items()]
-    if not isinstance(job.request, GenerateRequest):
+    if isinstance(job.request, EffectRequest):
+        pairs.append(("Adapter", job.request.adapter.spelled))
+    if isinstance(job.request, TrainRequest | ToolRequest):
         pairs += [(name.replace("_", " ").capitalize(), value) for name, value in job.request.options.items()]
     pairs += [("Device", job.device), ("Job", job.id), ("Goes on from", job.parent)]
     return (

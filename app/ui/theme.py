@@ -18,6 +18,7 @@ PAPER = Color(
     c600="#5f584e", c700="#3a3631", c800="#262320", c900="#1c1a18", c950="#131211", name="paper",
 )  # fmt: skip
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif")
+SCRIPTS = ("studio.js", "rack.js", "library.js")  # in this order
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
@@ -27,8 +28,9 @@ def text(name: str) -> str:
 
 
 def head() -> str:
-    """Give what goes into the page's head: the script every own component uses."""
-    return f'<meta name="color-scheme" content="light dark"><script>{text("studio.js")}</script>'
+    """Give what goes into the page's head: the scripts the own components use."""
+    scripts = "".join(f"<script>{text(name)}</script>" for name in SCRIPTS)
+    return f'<meta name="color-scheme" content="light dark">{scripts}'
 
 
 def theme() -> themes.Base:

@@ -55,6 +55,7 @@ class Watch:
     pictures: list[Artifact] = field(default_factory=list[Artifact])
     samples: list[Artifact] = field(default_factory=list[Artifact])
     adapters: list[Artifact] = field(default_factory=list[Artifact])
+    reports: list[Artifact] = field(default_factory=list[Artifact])
     losses: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
     notices: list[str] = field(default_factory=list[str])
     ended: Done | Stopped | Failed | Interrupted | None = None
@@ -96,7 +97,9 @@ class Watch:
             case Notice():
                 self.notices.append(event.text)
             case Artifact():
-                kinds = {"picture": self.pictures, "sample": self.samples, "adapter": self.adapters}
+                kinds = {
+                    "picture": self.pictures, "sample": self.samples, "adapter": self.adapters, "report": self.reports
+                }  # fmt: skip
                 if event.kind in kinds:
                     kinds[event.kind].append(event)
             case Done() | Stopped() | Failed() | Interrupted():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from ..kind import Change, Kind, Shape, Shapes, show
@@ -49,6 +50,8 @@ def _rank(shapes: Shapes) -> int:
 def _fit(shapes: Shapes, target: Shape | None) -> str | None:
     shape = next(shape for name, shape in shapes.items() if name != "on_input")
     long = [size for size in shape if size != 1]
+    if prod(shapes.get("on_input", ())) != 1:
+        return f"its mark on_input is {show(shapes['on_input'])}, not one number"
     if len(long) > 1 or not all(shape):
         return f"{show(shape)} is no row of channels"
     if len(shape) == 4 and target is not None and target[0] == target[1]:

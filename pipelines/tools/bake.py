@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 from ..atomic import replacing, replacing_folder
 from ..errors import AdapterError, InputError
 from ..events import Progress
-from ..model_weights import TORCH_NAMES, Place, places
 from ..options import option
-from ..sources import ModelSource, resolve
 from ..tool import Inputs, Made, Tool, ToolOptions, Work, in_sum, one_family
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ..model_weights import Place
+    from ..sources import ModelSource
 
 
 class BakeOptions(ToolOptions):
@@ -30,6 +31,9 @@ class BakeOptions(ToolOptions):
 
 
 def _work(inputs: Inputs, options: BakeOptions) -> Work:
+    from ..model_weights import places
+    from ..sources import resolve
+
     if not options.model:
         raise InputError("There is no model to bake into.", "Name it with --model.")
     source = resolve(options.model)
@@ -88,6 +92,8 @@ def _figures(inputs: Inputs, path: str, weight: Place, bias: Place | None) -> tu
 
 def _dtype(place: Place) -> torch.dtype:
     import torch
+
+    from ..model_weights import TORCH_NAMES
 
     name = place.header.tensors[place.tensor].dtype
     if name not in TORCH_NAMES:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..adapter_file import card, write_adapter
 from ..errors import InputError
 from ..events import Progress
 from ..factors import of_dense, reduced, stored
@@ -29,6 +28,7 @@ class ExtractOptions(FileOptions):
 def _work(inputs: Inputs, options: ExtractOptions) -> Work:
     import torch
 
+    from ..adapter_file import card, write_adapter
     from ..model_weights import places
     from ..sources import resolve
 

@@ -8,14 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from ..architectures import ModuleIndex
-from ..atomic import replacing
 from ..errors import InputError
 from ..events import Progress
 from ..factors import norm
-from ..headers import read_header, write_subset
-from ..identify import HALVES
-from ..layers import collect
 from ..options import option
 from ..tool import Inputs, Made, Tool, ToolOptions, Work, provenance
 
@@ -32,6 +27,12 @@ class SliceOptions(ToolOptions):
 
 
 def _work(inputs: Inputs, options: SliceOptions) -> Work:
+    from ..architectures import ModuleIndex
+    from ..atomic import replacing
+    from ..headers import read_header, write_subset
+    from ..identify import HALVES
+    from ..layers import collect
+
     source = inputs.sources[0]
     adapter = source.adapter
     if options.part == "blocks":

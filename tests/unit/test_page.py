@@ -14,14 +14,14 @@ import gradio as gr
 import pytest
 from intarsia.app.settings import Home
 from intarsia.app.studio import Studio
-from intarsia.app.ui import pieces, rack, tab_library
-from intarsia.app.ui.desk import Seen, shown, uploaded
+from intarsia.app.ui import library_cards, pieces, rack
+from intarsia.app.ui.desk import Desk, Seen, shown, uploaded
 from intarsia.app.ui.forms import Form, FormBuilder, simple_form
-from intarsia.app.ui.watch import Watch
+from intarsia.app.ui.watch import Watch, Watcher
 from intarsia.pipelines.errors import InputError, MemoryLimitError
 from intarsia.pipelines.events import Artifact, Done, Event, Metric, Preview, Progress, Stage
 from intarsia.pipelines.options import describe
-from intarsia.pipelines.requests import GenerateRequest
+from intarsia.pipelines.requests import AdapterUse, GenerateRequest
 from intarsia.training.recipe import recipes
 from PIL import Image
 
@@ -180,10 +180,35 @@ def test_texts_from_files_are_escaped() -> None:
         name=evil, path=Path(f"{evil}.safetensors"), family="sdxl", algorithm="lora", rank=4, role="concept",
         trigger=evil, sha256="0" * 64, base=evil, modules=1, matched=1, size=1, created=0.0, warnings=(evil,),
     )  # fmt: skip
-    html = tab_library.card(entry)
+    html = library_cards.card(entry, Path())
     assert "<img src=x" not in html
     assert "&lt;img src=x" in html
     assert evil in rack.row(entry)["adapter"]  # a value: the script shows it as text
+
+
+def test_a_rows_parts_and_steps_reach_the_request_and_come_back(home: Home) -> None:
+    use = AdapterUse(adapter="mini-fast", weight=0.5, blocks={"unet.mid_block": 0.0}, first=0.1, last=0.6)
+    with Studio(home) as studio:
+        desk = Desk(studio, Watcher(studio))
+        value, missing = rack.restored(desk, [use, AdapterUse(adapter="gone")])
+        assert missing == ["mini-fast", "gone"]  # nothing is in the library yet
+        studio.shelf.find("mini-fast")
+        value, missing = rack.restored(desk, [use])
+        assert missing == []
+        assert rack.requested(value) == (use,)
+        groups = studio.block_groups("mini-fast")
+    assert "mid" in {group.title for group in groups}
+    assert sum(group.layers for group in groups if not group.inside) == 248
+
+
+def test_an_adapter_that_was_in_use_comes_back_as_it_was(home: Home) -> None:
+    with Studio(home) as studio:
+        entry = studio.shelf.find("mini-fast")
+    before = rack.row(entry, AdapterUse(adapter="mini-fast", weight=0.25, blocks={"unet": 2.0}, last=0.5))
+    value = {"uses": [], "kept": [before]}
+    again = rack.with_entries(value, [entry])
+    assert rack.requested(again) == (AdapterUse(adapter="mini-fast", weight=0.25, blocks={"unet": 2.0}, last=0.5),)
+    assert rack.with_entries(again, [entry]) == again
 
 
 def test_the_page_process_never_imports_torch() -> None:

@@ -9,11 +9,13 @@ import shutil
 import sqlite3
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from adapter_files import Arrays, attention, kohya, lora, matrices, peft, write
+from intarsia.app import library_import, library_index
 from intarsia.app import shelf as shelf_module
 from intarsia.app.settings import Home
 from intarsia.app.shelf import Shelf, make_slug
@@ -107,13 +109,18 @@ def test_find_takes_names_and_paths_and_offers_near_names(home: Home, tmp_path: 
         Shelf(Home(tmp_path / "other")).find("x")
 
 
-def test_removing_deletes_the_copy_and_not_the_original(home: Home, tmp_path: Path) -> None:
+def test_removing_moves_to_the_trash_and_emptying_it_deletes_the_copy_not_the_original(
+    home: Home, tmp_path: Path
+) -> None:
     shelf, source = Shelf(home), make(tmp_path / "a.safetensors")
     shelf.add(source)
     shelf.remove("a")
-    assert (shelf.entries(), files(home), source.is_file()) == ([], [], True)
-    with pytest.raises(AdapterError, match="no adapter called a"):
+    assert (shelf.entries(), files(home)) == ([], ["a.safetensors"])
+    with pytest.raises(AdapterError, match="no adapter called a") as caught:
         shelf.remove("a")
+    assert "trash" in caught.value.hint
+    assert shelf.empty_trash() == 1
+    assert (files(home), source.is_file(), shelf.empty_trash()) == ([], True, 0)
 
 
 def test_a_file_that_vanished_is_said_and_can_come_back(home: Home, tmp_path: Path) -> None:
@@ -137,11 +144,13 @@ def test_a_moved_home_keeps_its_library(home: Home, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing_half_written(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(source: Path, target: Path) -> None:
-        target.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class Full:
+        """The disk fills up while the first part of the copy is written."""
 
-    monkeypatch.setattr(shelf_module.shutil, "copyfile", full)
+        def update(self, part: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(library_import, "hashlib", SimpleNamespace(sha256=Full))
     with pytest.raises(MemoryLimitError, match="disk is full"):
         Shelf(home).add(make(tmp_path / "a.safetensors"))
     assert (files(home), Shelf(home).entries()) == ([], [])
@@ -151,7 +160,7 @@ def test_a_full_database_is_the_same_error(home: Home, tmp_path: Path, monkeypat
     def full(*_: Any) -> str:  # noqa: ANN401
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(shelf_module.json, "dumps", full)
+    monkeypatch.setattr(library_index.json, "dumps", full)
     with pytest.raises(MemoryLimitError, match="disk is full"):
         Shelf(home).add(make(tmp_path / "a.safetensors"))
     assert files(home) == []
@@ -206,7 +215,9 @@ def test_thumbnails_are_re_encoded_small(home: Home, tmp_path: Path) -> None:
     given = Shelf(home).add(make(tmp_path / "b.safetensors", seed=1), thumbnail=own)
     assert given.thumbnail is not None
     Shelf(home).remove("a")
-    assert not inside.thumbnail.exists()
+    assert inside.thumbnail.exists()
+    Shelf(home).empty_trash()
+    assert not inside.thumbnail.exists() and given.thumbnail.exists()
 
 
 @pytest.mark.parametrize(
