@@ -155,7 +155,7 @@ def _figure(value: object) -> str:
 def _convert(
     file: File,
     out: Annotated[Path, typer.Option(help="Where to write it.")],
-    to: Annotated[str, typer.Option(help="kohya or diffusers; left out for .bin, .pt, .pth and .ckpt files.")] = "",
+    to: Annotated[str, typer.Option(help="kohya, diffusers or peft (a folder); none for .bin, .pt, .pth, .ckpt.")] = "",
     machine: Machine = False,
 ) -> None:
     with guarded(Console(machine)), Studio() as studio:

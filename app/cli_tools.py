@@ -25,8 +25,10 @@ def add_tools(group: typer.Typer) -> None:
     """Register every tool that is found, those that merge under `merge`."""
     merges = typer.Typer(help="Make one adapter of several.", no_args_is_help=True, rich_markup_mode=None)
     group.add_typer(merges, name="merge")
+    there = {info.name for info in group.registered_commands}  # convert also reads pickles there
     for tool in Studio.tools().values():
-        _add(merges if tool.merge else group, tool)
+        if tool.name not in there:
+            _add(merges if tool.merge else group, tool)
 
 
 def _add(group: typer.Typer, tool: Tool[Any]) -> None:

@@ -206,8 +206,8 @@ class Studio:
                 text = f"{path.name} is a pickle, whose names are kept as they are."
                 raise InputError(text, "Leave --to out, then convert the result.")
             return unpickle(path, out.absolute())
-        if to not in ("kohya", "diffusers"):
-            raise InputError(f"There is no spelling {to!r}.", "Write --to kohya or --to diffusers.")
+        if to not in ("kohya", "diffusers", "peft"):
+            raise InputError(f"There is no spelling {to!r}.", "Write --to kohya, --to diffusers or --to peft.")
         return convert(self.shelf.find(file).path, to, out.absolute())
 
     def import_adapter(self, path: Path, name: str | None = None, replace: bool = False) -> Entry:

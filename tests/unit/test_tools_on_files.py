@@ -248,6 +248,20 @@ def test_a_slice_of_nothing_is_refused_with_what_there_is(home: Home, tmp_path: 
     assert "unet.down_blocks.0" in caught.value.hint
 
 
+# Convert
+
+
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+def test_converting_shows_that_nothing_is_lost(dialect: str, home: Home, tmp_path: Path) -> None:
+    shapes = dict(list(attention(matrices("sd15")).items())[:6])
+    file = write(tmp_path / "a.safetensors", lora(shapes, kohya if dialect == "diffusers" else peft, alpha=1.5))
+    made = run(home, "convert", file, name="again", options={"to": dialect})
+    report = json.loads(made["report"].read_text())
+    assert {row[0] for row in report["rows"]} == set(shapes) and all(row[3] < 1e-10 for row in report["rows"])
+    names = load_file(made["adapter"])
+    assert all(("lora_down" in name or "lora_up" in name or "alpha" in name) == (dialect == "kohya") for name in names)
+
+
 # The studio and the command line
 
 
