@@ -56,7 +56,7 @@ def _add(group: typer.Typer, tool: Tool[Any]) -> None:
             show = _Figures(console)
             job, final, made = work(studio, ToolRequest.parse(values), console, seen=show)
             results = [item.path for kind in ("adapter", "model") for item in made.get(kind, [])]
-            end(console, job, final, {"figures": show.values, "results": results}, "\n".join(results) or " ")
+            end(console, job, final, {"figures": show.values, "results": results}, "\n".join(results))
 
 
 def _adapters(tool: Tool[Any]) -> inspect.Parameter:
