@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .doctor import Check
     from .evaluation.bench import Bench
     from .library_entry import Outcome
+    from .library_watch import FolderWatch
     from .model_list import ModelInfo
     from .shelf import Entry, Shelf
     from .watchdog import Watchdog
@@ -60,6 +61,7 @@ class Studio:
         self.store = JobStore(self.home)
         self._linger = linger
         self._watchdog: Watchdog | None = None
+        self._folders: FolderWatch | None = None
         self._reaped = 0.0
 
     def __enter__(self) -> Self:
@@ -69,12 +71,15 @@ class Studio:
         self.close()
 
     def start(self) -> Self:
-        """Start or adopt the worker, and watch over it until `close`."""
+        """Start or adopt the worker, watch over it and over the library's folders until `close`."""
+        from .library_watch import FolderWatch
         from .watchdog import Watchdog
 
         if self._watchdog is None:
             self._watchdog = Watchdog(self.store, self._linger)
             self._watchdog.start()
+            self._folders = FolderWatch(self.shelf)
+            self._folders.start()
         return self
 
     def close(self) -> None:
@@ -82,6 +87,9 @@ class Studio:
         if self._watchdog is not None:
             self._watchdog.stop()
             self._watchdog = None
+        if self._folders is not None:
+            self._folders.stop()
+            self._folders = None
         self.store.close()
 
     # Jobs

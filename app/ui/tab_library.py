@@ -13,7 +13,7 @@ import gradio as gr
 from gradio.components import Component
 
 from ...pipelines.errors import AdapterError, InputError, IntarsiaError
-from . import library_edit, library_effect, library_tools
+from . import library_edit, library_effect, library_tools, library_watched
 from .desk import TOAST_SECONDS, Desk, Seen, shown, uploaded
 from .library_cards import cards_html, matched
 from .library_report import Measures, report_html
@@ -38,11 +38,12 @@ class LibraryTab:
     add: gr.UploadButton
     measures: Measures
     tools: library_tools.ToolPanel
+    folders: library_watched.FolderPanel
 
     @property
     def live(self) -> list[Component]:
         """What the page's clock keeps up to date."""
-        return [self.bar, self.cards, self.panel, self.effect, self.tools.outcome]
+        return [self.bar, self.cards, self.panel, self.effect, self.tools.outcome, self.folders.listed]
 
 
 def build(desk: Desk) -> LibraryTab:
@@ -67,7 +68,12 @@ def build(desk: Desk) -> LibraryTab:
         script = "intarsia.panel(element, trigger, watch); /* 'act' */"
         panel = gr.HTML(elem_id="library-panel", apply_default_css=False, js_on_load=script)
         effect = gr.HTML(elem_id="library-effect", apply_default_css=False, js_on_load=script)
-    return LibraryTab(search, cards, panel, effect, add, Measures(desk.studio), library_tools.build(desk))
+    return LibraryTab(search, cards, panel, effect, add, Measures(desk.studio), *_more(desk))
+
+
+def _more(desk: Desk) -> tuple[library_tools.ToolPanel, library_watched.FolderPanel]:
+    """What is folded away under the cards."""
+    return library_tools.build(desk), library_watched.build(desk)
 
 
 def refresh(desk: Desk, tab: LibraryTab, seen: Seen, now: bool = True) -> list[Any]:
@@ -87,6 +93,7 @@ def refresh(desk: Desk, tab: LibraryTab, seen: Seen, now: bool = True) -> list[A
         seen.fresh("library-panel", panel),
         seen.fresh("library-effect", effect),
         seen.fresh("tool-outcome", library_tools.outcome_html(desk, seen)),
+        library_watched.refresh(desk, seen) if due else gr.skip(),
     ]
 
 
@@ -150,6 +157,7 @@ def connect(desk: Desk, tab: LibraryTab, seen: gr.State, **calm: Any) -> None:  
     for place in (tab.cards, tab.panel, tab.effect):
         place.act(act, seen, tab.live, **calm)
     library_tools.connect(desk, tab.tools, seen, tab.cards)
+    library_watched.connect(desk, tab.folders)
     tab.add.upload(add, [tab.add, seen], tab.live, **calm)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,56 @@ def test_the_page_is_whole_when_narrow_and_dark(new_page: NewPage, stocked: Page
     expect(narrow.locator("#library-panel .chart.bars")).to_be_visible(timeout=60_000)
     assert narrow.evaluate("document.scrollingElement.scrollWidth") <= 390
     assert narrow.evaluate("document.querySelector('#library-drawer').scrollWidth") <= 390
+
+
+def test_two_adapters_are_merged_after_their_error_was_shown(stocked: Page, server: Server, shots: Path) -> None:
+    page = stocked
+    page.get_by_text("Tools: merge, resize").click()
+    for name in ("moss-painting", "ink-wash"):
+        card(page, name).get_by_role("button", name="Tools").click()
+        expect(page.locator("#tool-adapters textarea")).to_have_value(re.compile(name))
+    page.locator("#tool-choice input").click()
+    page.get_by_role("option", name="Merge: TIES").click()
+    page.locator("#tool-ties-density input").last.fill("0.4")
+    page.locator("#tool-name input, #tool-name textarea").fill("moss-and-ink")
+    page.locator("#tool-look").click()
+    outcome = page.locator("#tool-outcome")
+    expect(outcome.locator("[data-state=done]")).to_be_visible(timeout=90_000)
+    expect(outcome).to_contain_text("of the change wanted")
+    expect(outcome.locator("figure.chart.bars, svg").first).to_be_visible()
+    assert not (server.home.adapters / "moss-and-ink.safetensors").exists(), "it was only to be looked at"
+    page.locator("#library-tools").scroll_into_view_if_needed()
+    page.screenshot(path=shots / "tools.png")
+    page.locator("#tool-make").click()
+    expect(outcome).to_contain_text("In the library: moss-and-ink", timeout=90_000)
+    expect(card(page, "moss-and-ink")).to_contain_text("rank 4", timeout=30_000)
+
+
+def test_a_tool_that_cannot_work_says_why(stocked: Page) -> None:
+    page = stocked
+    page.get_by_text("Tools: merge, resize").click()
+    page.locator("#tool-adapters textarea").fill("moss-painting")
+    page.locator("#tool-choice input").click()
+    page.get_by_role("option", name="Merge: LoRA-LEGO").click()
+    page.locator("#tool-look").click()
+    toast(page, "takes 2 or more adapters")
+
+
+def test_a_folder_is_listed_in_place_and_followed(stocked: Page, tmp_path: Path) -> None:
+    page, folder = stocked, tmp_path / "loras"
+    folder.mkdir()
+    first, second = six_dialects(tmp_path)[:2]
+    bent = bytearray(first.read_bytes())
+    bent[-4:] = b"\x01\x02\x03\x04"  # other values: another adapter
+    (folder / "from-elsewhere.safetensors").write_bytes(bent)
+    (folder / "broken.safetensors").write_bytes(second.read_bytes()[:1000])
+    page.get_by_text("Folders: list the files").click()
+    page.locator("#folder-path input, #folder-path textarea").fill(str(folder))
+    page.locator("#folder-add").click()
+    expect(card(page, "from-elsewhere")).to_be_visible(timeout=40_000)
+    expect(page.locator("#folder-list")).to_contain_text("1 listed, 1 not usable", timeout=20_000)
+    page.locator("#folder-list summary").click()
+    expect(page.locator("#folder-list details")).to_contain_text("broken.safetensors")
+    page.locator("#folder-list").get_by_role("button", name="Leave out").click()
+    expect(card(page, "from-elsewhere")).to_have_count(0, timeout=20_000)
+    assert (folder / "from-elsewhere.safetensors").is_file()

@@ -7,12 +7,13 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from adapter_files import attention, lora, matrices, peft, write
-from intarsia.app import library_folders
+from intarsia.app import library_folders, library_watch
 from intarsia.app.library_entry import Scan
 from intarsia.app.library_index import Index
 from intarsia.app.settings import Home
@@ -333,3 +334,42 @@ def test_an_export_overwrites_nothing(home: Home, tmp_path: Path, ending: str) -
     assert [path.read_text() for path in out.iterdir()] == ["theirs"]
     with pytest.raises(AdapterError, match="no adapter called c"):
         shelf.export(["a", "c"], out)
+
+
+def test_while_a_page_is_open_a_file_put_into_a_folder_is_noticed(
+    home: Home, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(library_watch, "EVERY", 0.05)
+    shelf = watched(home, folder)
+    follower = library_watch.FolderWatch(shelf)
+    follower.start()
+    try:
+        make(folder / "later.safetensors", 7)
+        end = time.monotonic() + 30
+        while not any(entry.name == "later" for entry in shelf.entries()):
+            assert time.monotonic() < end, "it was never noticed"
+            time.sleep(0.05)
+    finally:
+        begun = time.monotonic()
+        follower.stop()
+    assert time.monotonic() - begun < 5 and not any(thread.name == "library" for thread in threading.enumerate())
+
+
+def test_a_scan_that_is_going_on_does_not_keep_a_page_from_closing(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch asks before every stretch of files whether it should leave."""
+    asked = threading.Event()
+
+    def endless(progress: Callable[[int, int], None]) -> None:
+        while True:
+            progress(1, 2)
+            asked.set()
+            time.sleep(0.01)
+
+    shelf = Shelf(home)
+    monkeypatch.setattr(shelf, "scan", endless)
+    follower = library_watch.FolderWatch(shelf)
+    follower.start()
+    assert asked.wait(10)
+    begun = time.monotonic()
+    follower.stop()
+    assert time.monotonic() - begun < 5
