@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_files import attention, lora, peft, write
-from conftest import Tiny
+from fakes import Tiny
 from intarsia.app.settings import Home
 from intarsia.app.studio import Studio
 from intarsia.pipelines.adapter_file import read_adapter
