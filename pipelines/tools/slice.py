@@ -10,7 +10,6 @@ from typing import Literal
 
 from ..errors import InputError
 from ..events import Progress
-from ..factors import norm
 from ..options import option
 from ..tool import Inputs, Made, Tool, ToolOptions, Work, provenance
 
@@ -32,6 +31,7 @@ def _work(inputs: Inputs, options: SliceOptions) -> Work:
     from ..headers import read_header, write_subset
     from ..identify import HALVES
     from ..layers import collect
+    from ..measure import measure_layer
 
     source = inputs.sources[0]
     adapter = source.adapter
@@ -47,9 +47,9 @@ def _work(inputs: Inputs, options: SliceOptions) -> Work:
         wanted = options.blocks or options.part
         raise InputError(f"{source.name} has no layers in {wanted}.", f"It has: {', '.join(known[:12])}.")
     rows: list[tuple[str, tuple[float, ...]]] = []
-    for number, path in enumerate(adapter.layers, 1):
+    for number, (path, layer) in enumerate(adapter.layers.items(), 1):
         inputs.token.check()
-        size = norm(inputs.factors(source, path)) if len(inputs.shape(source, path)) > 1 else 0.0
+        size = measure_layer(path, layer).norm or 0.0  # of a DoRA without its lengths, which are the model's matter
         rows.append((path, (size, 0.0 if path in kept else size)))
         yield Progress(stage="slice", step=number, total=len(adapter.layers))
     whole = sum(row[0] ** 2 for _, row in rows) ** 0.5

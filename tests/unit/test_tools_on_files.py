@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from adapter_files import attention, kohya, lora, matrices, peft, write
@@ -19,6 +20,7 @@ from intarsia.app.studio import Studio
 from intarsia.pipelines.adapter_file import read_adapter
 from intarsia.pipelines.architectures import reference
 from intarsia.pipelines.attach import Attachment, attached
+from intarsia.pipelines.dora import Decomposed
 from intarsia.pipelines.errors import AdapterError
 from intarsia.pipelines.headers import read_header
 from intarsia.pipelines.model_weights import places
@@ -239,6 +241,19 @@ def test_a_slice_holds_its_layers_byte_for_byte(home: Home, tmp_path: Path) -> N
     left = {path for path in whole.layers if path not in adapter.layers}
     rows = {row[0]: row[1:] for row in json.loads(made["report"].read_text())["rows"]}
     assert {path for path, (_, error) in rows.items() if error} == left
+
+
+def test_a_dora_is_sliced_without_its_model(home: Home, tmp_path: Path) -> None:
+    shapes = dict(list(attention(matrices("sd15")).items())[::20])
+    arrays = lora(shapes, kohya)
+    for path, shape in shapes.items():
+        arrays[kohya(path)[0].replace("lora_down.weight", "dora_scale")] = np.ones((shape[0], 1), np.float32)
+    file = write(tmp_path / "dora.safetensors", arrays)
+    options = {"blocks": "unet.down_blocks, unet.mid_block"}
+    made = run(home, "slice", file, out=str(tmp_path / "part.safetensors"), options=options)
+    kept = read_adapter(made["adapter"]).layers
+    assert set(kept) == {path for path in shapes if not path.startswith("unet.up_blocks")} != set(shapes)
+    assert all(isinstance(layer, Decomposed) for layer in kept.values())
 
 
 def test_a_slice_of_nothing_is_refused_with_what_there_is(home: Home, tmp_path: Path) -> None:
