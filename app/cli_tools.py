@@ -61,7 +61,7 @@ def _add(group: typer.Typer, tool: Tool[Any]) -> None:
 
 def _adapters(tool: Tool[Any]) -> inspect.Parameter:
     """The adapters as what stands behind the command."""
-    help = "Library name or file" + (", with :WEIGHT if not 1." if tool.merge or tool.makes == "model" else ".")
+    help = "Library name or file" + (", with :WEIGHT if not 1." if tool.weighted else ".")
     info = typer.Argument(help=help, show_default=False)
     annotation = Annotated[list[str], info]
     return inspect.Parameter("adapters", inspect.Parameter.KEYWORD_ONLY, default=..., annotation=annotation)

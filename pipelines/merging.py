@@ -40,6 +40,15 @@ def on_numbers(parts: Parts, options: NumberOptions, rule: Rule) -> Factors:
     if options.on == "change":
         dense = rule([part.dense() for _, part in parts], [weight for weight, _ in parts])
         return with_bias(reduced(of_dense(dense, parts[0][1].shape), options.rank or most_rank(parts)), parts)
+    return on_factors(parts, rule)
+
+
+def on_factors(parts: Parts, rule: Rule) -> Factors:
+    """Apply a rule to the first factors, then to the second; a weight counts as its root, with its sign on the first.
+
+    Raises:
+        AdapterError: The ranks differ.
+    """
     same_rank(parts)
     roots = [abs(weight) ** 0.5 for weight, _ in parts]
     signed = [root if weight >= 0 else -root for root, (weight, _) in zip(roots, parts, strict=True)]

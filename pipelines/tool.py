@@ -21,6 +21,7 @@ from .factors import Factors, distance, factors, needs_weight, norm, stored, tog
 from .kind import Shape, flat, show
 from .options import Options, option
 from .plugins import discover
+from .requests import AdapterUse
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +132,7 @@ class Tool(Generic[O]):
         makes: What it writes.
         work: Does it, layer by layer.
         merge: It makes one adapter of several (listed apart).
+        weighted: Each adapter's weight counts.
     """
 
     name: str
@@ -143,16 +145,24 @@ class Tool(Generic[O]):
     makes: Makes
     work: Callable[[Inputs, O], Work]
     merge: bool = False
+    weighted: bool = False
 
-    def check(self, sources: Sequence[object]) -> None:
-        """Refuse a wrong number of adapters.
+    def check(self, sources: Sequence[AdapterUse]) -> None:
+        """Refuse a wrong number of adapters, and what it would not heed.
 
         Raises:
-            AdapterError: There are too few or too many.
+            AdapterError: There are too few or too many, or one is given in part or at a weight that does not count.
         """
         if not self.least <= len(sources) <= self.most:
             wanted = f"{self.least}" if self.least == self.most else f"{self.least} or more"
             raise AdapterError(f"{self.title} takes {wanted} adapters; {len(sources)} were given.", self.help)
+        for use in sources:
+            if use.blocks or (use.first, use.last) != (0, 1):
+                raise AdapterError(
+                    f"{self.title} takes {use.adapter} as a whole, in all steps.", "Cut a part out with Slice first."
+                )
+            if use.weight != 1 and not self.weighted:
+                raise AdapterError(f"{self.title} knows no weights.", f"Give {use.adapter} without one.")
 
 
 @cache
@@ -184,7 +194,7 @@ def merging(
 
         return (yield from layer_by_layer(inputs, options, name, combine))
 
-    return Tool(name, title, help, paper, options, 2, 64, "adapter", work, merge=True)
+    return Tool(name, title, help, paper, options, 2, 64, "adapter", work, merge=True, weighted=True)
 
 
 def layer_by_layer(inputs: Inputs, options: ToolOptions, tool: str, make: Callable[[str, Parts], Factors]) -> Work:
@@ -262,15 +272,22 @@ def one_family(sources: Sequence[Source]) -> str:
 
 def provenance(inputs: Inputs, options: ToolOptions, tool: str) -> dict[str, str]:
     """Say in the header what was done to what."""
+    told = options.model_dump(mode="json")
+    told |= {key: bare_name(told[key]) for key in ("model", "tuned") if told.get(key)}
     made = {
         "tool": tool,
-        "options": options.model_dump(mode="json"),
+        "options": told,
         "seed": inputs.seed,
         "from": [
             {"name": source.name, "sha256": source.adapter.sha256, "weight": source.weight} for source in inputs.sources
         ],
     }
     return {"intarsia.made": json.dumps(made, sort_keys=True)}
+
+
+def bare_name(model: str) -> str:
+    """A model's name without its folders: no paths of a person's disk go into a file."""
+    return model.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _texts(sources: Sequence[Source], family: str) -> dict[str, str]:

@@ -286,11 +286,12 @@ def _write(plan: Plan, model: Model, layers: TrainedLayers, folder: Path) -> Ite
 def metadata(plan: Plan, model: Model, role: Role, title: str) -> dict[str, str]:
     """Header texts of a result: what it is, how to call it, and how it was made; no paths of the person's disk."""
     from ..pipelines.adapter_file import card
+    from ..pipelines.tool import bare_name
 
     texts = card(
         model.source.family,
         role=role,
-        base=model.source.name.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        base=bare_name(model.source.name),
         trigger=plan.recipe.trigger(plan.request.name, plan.options),
         title=title,
         licence=plan.request.licence.strip(),

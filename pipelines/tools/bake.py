@@ -14,7 +14,7 @@ from ..atomic import replacing, replacing_folder
 from ..errors import AdapterError, InputError
 from ..events import Progress
 from ..options import option
-from ..tool import Inputs, Made, Tool, ToolOptions, Work, in_sum, one_family
+from ..tool import COLUMNS, Inputs, Made, Tool, ToolOptions, Work, in_sum, one_family
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ def _work(inputs: Inputs, options: BakeOptions) -> Work:
     def save(target: Path) -> None:
         _copy(source, target, lambda files: _overwrite(inputs, paths, weights, biases, files))
 
-    return Made(("norm", "error", "relative", "rank"), tuple(rows), (in_sum(rows),), save)
+    return Made(COLUMNS, tuple(rows), (in_sum(rows),), save)
 
 
 def changed(inputs: Inputs, path: str, weight: Place, bias: Place | None) -> tuple[Tensor, Tensor | None, float]:
@@ -137,4 +137,15 @@ def _write(file: Path, place: Place, value: Tensor) -> None:
         opened.write(raw)
 
 
-TOOL = Tool("bake", "Bake", "A copy of a model with adapters in its weights.", "", BakeOptions, 1, 64, "model", _work)
+TOOL = Tool(
+    "bake",
+    "Bake",
+    "A copy of a model with adapters in its weights.",
+    "",
+    BakeOptions,
+    1,
+    64,
+    "model",
+    _work,
+    weighted=True,
+)

@@ -8,7 +8,7 @@ from ..errors import InputError
 from ..events import Progress
 from ..factors import of_dense, reduced, stored
 from ..options import option
-from ..tool import COLUMNS, FileOptions, Inputs, Made, Tool, Work, dtype_of, in_sum, provenance
+from ..tool import COLUMNS, FileOptions, Inputs, Made, Tool, Work, bare_name, dtype_of, in_sum, provenance
 
 if TYPE_CHECKING:
     from ..adapter_types import LowRank
@@ -73,7 +73,7 @@ def _work(inputs: Inputs, options: ExtractOptions) -> Work:
     ]
     if moved:
         told.append(f"{len(moved)} biases differ too and are left out: first {moved[0]}.")
-    texts = card(base.family, base=base.name) | provenance(inputs, options, "extract")
+    texts = card(base.family, base=bare_name(base.name)) | provenance(inputs, options, "extract")
     return Made(COLUMNS, tuple(rows), tuple(told), lambda path: write_adapter(path, layers, texts))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..factors import Factors
-from ..merging import same_rank, weighted_sum, with_bias
+from ..merging import on_factors, weighted_sum
 from ..tool import FileOptions, Parts, merging
 
 if TYPE_CHECKING:
@@ -21,12 +21,7 @@ class LinearOptions(FileOptions):
 
 
 def _rule(parts: Parts, options: LinearOptions, rng: torch.Generator) -> Factors:
-    same_rank(parts)
-    roots = [abs(weight) ** 0.5 for weight, _ in parts]
-    signed = [root if weight >= 0 else -root for root, (weight, _) in zip(roots, parts, strict=True)]
-    down = weighted_sum([part.down for _, part in parts], signed)
-    up = weighted_sum([part.up for _, part in parts], roots)
-    return with_bias(Factors(down, up, None, parts[0][1].shape), parts)
+    return on_factors(parts, weighted_sum)
 
 
 TOOL = merging(

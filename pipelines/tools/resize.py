@@ -37,5 +37,5 @@ TOOL = Tool(
     1,
     1,
     "adapter",
-    _work,
+    _work, weighted=True,
 )  # fmt: skip
