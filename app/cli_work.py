@@ -13,11 +13,11 @@ from ..pipelines.atomic import replacing
 from ..pipelines.errors import InputError
 from ..pipelines.events import Artifact, CancelToken, Event, Failed, Stopped
 from ..pipelines.options import describe
-from ..pipelines.requests import AdapterUse, AnyRequest, GenerateRequest, TrainingPicture, TrainRequest
+from ..pipelines.requests import AdapterUse, GenerateRequest, TrainingPicture, TrainRequest
 from . import present
 from .cli_console import Console, complain, guarded, stopping
 from .cli_flags import command, flag, flags, given_values
-from .studio import Job, Studio
+from .studio import AnyRequest, Job, Studio
 
 MACHINE = flag("machine", bool, "Write events and the result as lines of JSON.", "--json")
 ADAPTER = (

@@ -20,13 +20,14 @@ from pydantic import TypeAdapter
 
 from ..pipelines.errors import InputError
 from ..pipelines.events import EVENT, Done, Event, Failed, Interrupted, Stopped
-from ..pipelines.requests import AnyRequest, Request, TrainRequest
+from ..pipelines.requests import TrainRequest
 from ..training.checkpoint import resumable
 from .processes import is_alive, this_process
+from .requests import AnyRequest, Request
 from .settings import Home
 
 JobState = Literal["queued", "running", "done", "stopped", "failed", "interrupted"]
-JobKind = Literal["generate", "train", "tool", "effect"]
+JobKind = Literal["generate", "train", "tool", "effect", "compose"]
 FINAL_STATES: tuple[JobState, ...] = ("done", "stopped", "failed", "interrupted")
 LEASE = 4.0  # seconds a heartbeat is good for
 PATIENCE = 30.0  # seconds of silence after which even a living owner counts as hung (a long library load is silent)

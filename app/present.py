@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..composition.layout import ComposeRequest
 from ..pipelines.atomic import FULL
 from ..pipelines.errors import Cancelled, InputError, IntarsiaError, MemoryLimitError
 from ..pipelines.events import (
@@ -24,7 +25,8 @@ from ..pipelines.events import (
     Stage,
     Stopped,
 )
-from ..pipelines.requests import AnyRequest, EffectRequest, ToolRequest, TrainRequest
+from ..pipelines.requests import EffectRequest, ToolRequest, TrainRequest
+from .requests import AnyRequest
 
 EXIT_DONE, EXIT_BUG, EXIT_PERSON, EXIT_STOPPED = 0, 1, 2, 130
 
@@ -163,7 +165,8 @@ def title(request: AnyRequest) -> str:
         return f"{request.tool}: {', '.join(use.adapter for use in request.adapters) or request.name}"
     if isinstance(request, EffectRequest):
         return f"effect of {request.adapter.adapter}"
-    prompt = request.prompt.strip() or "(no prompt)"
+    said = request.said if isinstance(request, ComposeRequest) else request.prompt
+    prompt = said.strip() or "(no prompt)"
     return prompt if len(prompt) <= 60 else prompt[:57] + "..."
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -12,11 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 from ..pipelines.errors import InputError
 from ..pipelines.events import FINAL, CancelToken, Event
 from ..pipelines.requests import (
-    MAX_SEED,
-    AnyRequest,
-    EffectRequest,
-    GenerateRequest,
-    ToolRequest,
     TrainingPicture,
     TrainRequest,
 )
@@ -24,9 +18,11 @@ from ..training.recipe import TrainingRecipe, recipes
 from .jobs import Job, JobKind, JobState, JobStore, checkpoint_of
 from .library_entry import Change, Query
 from .processes import this_process
+from .requests import AnyRequest
 from .settings import Home
 
 if TYPE_CHECKING:
+    from ..composition.method import CompositionMethod
     from ..pipelines.block_groups import BlockGroup
     from ..pipelines.convert import Converted
     from ..pipelines.identify import Report
@@ -42,7 +38,7 @@ if TYPE_CHECKING:
     from .shelf import Entry, Shelf
     from .watchdog import Watchdog
 
-__all__ = ["Change", "Job", "JobKind", "JobState", "Query", "Studio"]
+__all__ = ["AnyRequest", "Change", "Job", "JobKind", "JobState", "Query", "Studio"]
 
 POLL = 0.1  # seconds between two looks at a job's events
 REAP_EVERY = 0.5
@@ -296,6 +292,13 @@ class Studio:
         return tools()
 
     @staticmethod
+    def methods() -> dict[str, CompositionMethod[Any]]:
+        """Every way to compose, by name."""
+        from ..composition.method import methods
+
+        return methods()
+
+    @staticmethod
     def benches() -> dict[str, Bench[Any]]:
         """Every way to measure a model, by name."""
         from .evaluation.bench import benches
@@ -345,51 +348,9 @@ class Studio:
     # Inside
 
     def _checked(self, request: AnyRequest) -> AnyRequest:
-        from ..pipelines.sources import resolve
+        from .checked import checked
 
-        if isinstance(request, ToolRequest):
-            return self._checked_tool(request)
-        source = resolve(request.model)
-        if isinstance(request, EffectRequest):
-            self.shelf.find(request.adapter.adapter)
-            return request
-        if isinstance(request, GenerateRequest):
-            for use in request.adapters:
-                self.shelf.find(use.adapter)
-            if request.seed < 0:
-                request = request.model_copy(update={"seed": random.SystemRandom().randint(0, MAX_SEED)})
-            return request
-        return self._checked_training(request, source.family)
-
-    def _checked_tool(self, request: ToolRequest) -> ToolRequest:
-        tool = self.tools().get(request.tool)
-        if tool is None:
-            raise InputError(f"There is no tool {request.tool!r}.", f"Tools: {', '.join(self.tools())}.")
-        tool.check(request.adapters)
-        for use in request.adapters:
-            self.shelf.find(use.adapter)
-        if tool.makes != "nothing" and not (request.dry or request.name or request.out):
-            raise InputError("The result needs a name.", "Give one, or a file to write to.")
-        if tool.makes == "model" and not (request.dry or request.out):
-            raise InputError("A model is written to a place of its own.", "Say where with --out.")
-        options = tool.options.parse(request.options)
-        return request.model_copy(update={"options": options.model_dump(mode="json")})
-
-    def _checked_training(self, request: TrainRequest, family: str) -> TrainRequest:
-        recipe = self.recipes().get(request.recipe)
-        if recipe is None:
-            raise InputError(f"There is no recipe {request.recipe!r}.", f"Recipes: {', '.join(self.recipes())}.")
-        if family not in recipe.families:
-            known = ", ".join(recipe.families)
-            raise InputError(f"{recipe.title} cannot train a {family} model.", f"It works with: {known}.")
-        if not request.name:
-            raise InputError("The result needs a name.", "Give one; it becomes the entry in the library.")
-        options = recipe.options.parse(request.options)
-        for picture in request.pictures:
-            if not Path(picture.path).exists():
-                raise InputError(f"There is no picture {picture.path}.", "Choose it again.")
-        recipe.check(request.pictures, options)
-        return request.model_copy(update={"options": options.model_dump(mode="json")})
+        return checked(request, self.shelf)
 
     def _reap(self) -> None:
         if self._watchdog is None and time.monotonic() - self._reaped > REAP_EVERY:

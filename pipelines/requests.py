@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -156,7 +156,3 @@ class EffectRequest(Options):
         """The same as a request for pictures with the adapter."""
         shared = self.model_dump(include={"model", "prompt", "negative", "seed", "count", "steps", "guidance"})
         return GenerateRequest(**shared, adapters=(self.adapter,))
-
-
-AnyRequest = GenerateRequest | TrainRequest | ToolRequest | EffectRequest
-Request = Annotated[AnyRequest, Field(discriminator="kind")]

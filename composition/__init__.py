@@ -1,0 +1,1 @@
+"""Several concepts in one picture: layouts, the methods that compose them, and the mathematics they share."""

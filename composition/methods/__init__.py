@@ -1,0 +1,1 @@
+"""Ways to compose, one file each; found by discovery."""
