@@ -18,13 +18,129 @@
     return words.join(", ");
   };
 
-  /* What the library offers: renewed by the page's clock and by typing, apart from what is in use. */
-  const shelf = { text: "", rows: [], ask: () => {}, draw: () => {} };
-  function offers(props, trigger, watch) {
-    const take = () => { Object.assign(shelf, props.value); shelf.draw(); };
-    shelf.ask = (text) => trigger("find", { text });
+  /* What the library offers, by who asks for it: renewed by the page's clock and by typing, apart from what is in use. */
+  const shelves = {};
+  const shelf = (name) => (shelves[name] ??= { text: "", rows: [], ask: () => {}, drawers: [] });
+  function offers(name, props, trigger, watch) {
+    const own = shelf(name);
+    const take = () => { Object.assign(own, props.value); for (const draw of own.drawers) draw(); };
+    own.ask = (text) => trigger("find", { text });
     watch("value", take);
     take();
+  }
+
+  /* A slider with an exact field behind it; `key` finds it again after the rack was drawn anew. */
+  const slider = ({ classes, label, title, key, value, low, high, bounds, said, set }) => {
+    const row = el("label", classes);
+    const what = el("span", "what", label);
+    if (title) what.title = title;
+    const range = el("input");
+    Object.assign(range, { type: "range", min: low, max: high, step: 0.05, value: value ?? 1 });
+    range.setAttribute("aria-label", said);
+    range.dataset.key = `${key} range`;
+    const number = el("input", "exact");
+    Object.assign(number, { type: "number", min: bounds[0], max: bounds[1], step: 0.05, value: value ?? "" });
+    if (value === undefined) number.placeholder = "mixed";
+    number.setAttribute("aria-label", `Exact ${said[0].toLowerCase()}${said.slice(1)}`);
+    number.dataset.key = `${key} exact`;
+    const take = (text) => {
+      const chosen = Number(text);
+      const within = chosen >= bounds[0] && chosen <= bounds[1];
+      if (text === "" || !Number.isFinite(chosen) || !within) { number.value = value ?? ""; return; }
+      set(chosen);
+    };
+    const fill = () => {
+      range.style.setProperty("--range_progress", `${100 * (Number(range.value) - low) / (high - low)}%`);
+    };
+    range.addEventListener("input", () => { number.value = range.value; fill(); });
+    fill();
+    range.addEventListener("change", () => take(range.value));
+    number.addEventListener("change", () => take(number.value));
+    row.append(what, range, number);
+    return row;
+  };
+
+  /* A field that looks for adapters in the library, with what it found beneath it. */
+  function picker({ id, label, placeholder, none, fits, pick }) {
+    const own = shelf("rack");
+    const node = el("div", "adder");
+    const search = el("input", "add");
+    const popup = el("div", "offers");
+    let chosen = -1;
+    let waiting = 0;
+    Object.assign(search, { type: "search", autocomplete: "off", placeholder });
+    for (const [name, value] of Object.entries({ role: "combobox", "aria-label": label,
+      "aria-autocomplete": "list", "aria-expanded": "false", "aria-controls": `${id}-offers` })) {
+      search.setAttribute(name, value);
+    }
+    Object.assign(popup, { id: `${id}-offers`, hidden: true });
+    popup.setAttribute("role", "listbox");
+    popup.setAttribute("aria-label", "Adapters of the library");
+    node.append(search, popup);
+
+    const rest = () => own.rows.filter(fits);
+    const take = (entry) => {
+      search.value = "";
+      open(false);
+      pick(entry);
+      if (own.text) own.ask("");
+    };
+    const open = (on) => {
+      popup.hidden = !on;
+      search.setAttribute("aria-expanded", String(on));
+      if (!on) chosen = -1;
+      offer();
+    };
+    const offer = () => {
+      if (popup.hidden) { search.removeAttribute("aria-activedescendant"); return; }
+      const found = rest();
+      chosen = Math.min(chosen, found.length - 1);
+      const rows = found.map((entry, index) => {
+        const row = el("div", index === chosen ? "offer chosen" : "offer");
+        row.id = `${id}-offer-${index}`;
+        row.setAttribute("role", "option");
+        row.setAttribute("aria-selected", String(index === chosen));
+        row.append(el("span", "", entry.adapter), el("span", "note", entry.note));
+        row.addEventListener("pointerdown", (event) => { event.preventDefault(); take(entry); });
+        return row;
+      });
+      if (!rows.length) {
+        const empty = !search.value && !own.text;
+        const said = !empty ? "Nothing found" : own.rows.length ? none
+          : "The library is empty: drop a .safetensors file anywhere";
+        rows.push(el("div", "offer none", said));
+      }
+      popup.replaceChildren(...rows);
+      if (chosen >= 0) search.setAttribute("aria-activedescendant", `${id}-offer-${chosen}`);
+      else search.removeAttribute("aria-activedescendant");
+    };
+    search.addEventListener("focus", () => {
+      if (own.text !== search.value) own.ask(search.value);   // another field asked for something else
+      open(true);
+    });
+    search.addEventListener("blur", () => open(false));
+    search.addEventListener("input", () => {
+      open(true);
+      clearTimeout(waiting);
+      waiting = setTimeout(() => own.ask(search.value), 160);
+    });
+    search.addEventListener("keydown", (event) => {
+      const found = rest();
+      if (event.key === "ArrowDown" || event.key === "ArrowUp") {
+        event.preventDefault();
+        const step = event.key === "ArrowDown" ? 1 : -1;
+        chosen = found.length ? (chosen + step + found.length + (chosen < 0 && step < 0 ? 1 : 0)) % found.length : -1;
+        open(true);
+      } else if (event.key === "Enter" && !popup.hidden && (chosen >= 0 || found.length === 1)) {
+        event.preventDefault();
+        take(found[Math.max(chosen, 0)]);
+      } else if (event.key === "Escape") {
+        search.value = "";
+        open(false);
+        if (own.text) own.ask("");
+      }
+    });
+    return { node, search, offer };
   }
 
   function rack(element, props, trigger, watch) {
@@ -35,37 +151,6 @@
       props.value = value;
       draw();
       trigger("change", {});
-    };
-
-    /* A slider with an exact field behind it; `key` finds it again after the rack was drawn anew. */
-    const slider = ({ classes, label, title, key, value, low, high, bounds, said, set }) => {
-      const row = el("label", classes);
-      const what = el("span", "what", label);
-      if (title) what.title = title;
-      const range = el("input");
-      Object.assign(range, { type: "range", min: low, max: high, step: 0.05, value: value ?? 1 });
-      range.setAttribute("aria-label", said);
-      range.dataset.key = `${key} range`;
-      const number = el("input", "exact");
-      Object.assign(number, { type: "number", min: bounds[0], max: bounds[1], step: 0.05, value: value ?? "" });
-      if (value === undefined) number.placeholder = "mixed";
-      number.setAttribute("aria-label", `Exact ${said[0].toLowerCase()}${said.slice(1)}`);
-      number.dataset.key = `${key} exact`;
-      const take = (text) => {
-        const chosen = Number(text);
-        const within = chosen >= bounds[0] && chosen <= bounds[1];
-        if (text === "" || !Number.isFinite(chosen) || !within) { number.value = value ?? ""; return; }
-        set(chosen);
-      };
-      const fill = () => {
-        range.style.setProperty("--range_progress", `${100 * (Number(range.value) - low) / (high - low)}%`);
-      };
-      range.addEventListener("input", () => { number.value = range.value; fill(); });
-      fill();
-      range.addEventListener("change", () => take(range.value));
-      number.addEventListener("change", () => take(number.value));
-      row.append(what, range, number);
-      return row;
     };
 
     const weight = (use, index) => slider({
@@ -193,86 +278,15 @@
       return box;
     };
 
-    /* A field that looks for adapters in the library, with what it found beneath it. */
     const list = el("div", "uses");
-    const adder = el("div", "adder");
-    const search = el("input", "add");
-    const popup = el("div", "offers");
-    let chosen = -1;
-    let waiting = 0;
-    Object.assign(search, { type: "search", autocomplete: "off", placeholder: "Add from the library…" });
-    for (const [name, value] of Object.entries({ role: "combobox", "aria-label": "Add an adapter",
-      "aria-autocomplete": "list", "aria-expanded": "false", "aria-controls": "rack-offers" })) {
-      search.setAttribute(name, value);
-    }
-    Object.assign(popup, { id: "rack-offers", hidden: true });
-    popup.setAttribute("role", "listbox");
-    popup.setAttribute("aria-label", "Adapters of the library");
-    adder.append(search, popup);
-
-    const rest = () => {
-      const used = new Set(props.value.uses.map((use) => use.adapter));
-      return shelf.rows.filter((entry) => !used.has(entry.adapter));
-    };
-    const pick = (entry) => {
-      search.value = "";
-      open(false);
-      commit((uses, value) => { uses.push(value.kept.find((use) => use.adapter === entry.adapter) ?? entry); });
-      if (shelf.text) shelf.ask("");
-    };
-    const open = (on) => {
-      popup.hidden = !on;
-      search.setAttribute("aria-expanded", String(on));
-      if (!on) chosen = -1;
-      offer();
-    };
-    const offer = () => {
-      if (popup.hidden) { search.removeAttribute("aria-activedescendant"); return; }
-      const found = rest();
-      chosen = Math.min(chosen, found.length - 1);
-      const rows = found.map((entry, index) => {
-        const row = el("div", index === chosen ? "offer chosen" : "offer");
-        row.id = `rack-offer-${index}`;
-        row.setAttribute("role", "option");
-        row.setAttribute("aria-selected", String(index === chosen));
-        row.append(el("span", "", entry.adapter), el("span", "note", entry.note));
-        row.addEventListener("pointerdown", (event) => { event.preventDefault(); pick(entry); });
-        return row;
-      });
-      if (!rows.length) {
-        const empty = !search.value && !shelf.text;
-        const said = !empty ? "Nothing found" : shelf.rows.length ? "All in use"
-          : "The library is empty: drop a .safetensors file anywhere";
-        rows.push(el("div", "offer none", said));
-      }
-      popup.replaceChildren(...rows);
-      if (chosen >= 0) search.setAttribute("aria-activedescendant", `rack-offer-${chosen}`);
-      else search.removeAttribute("aria-activedescendant");
-    };
-    search.addEventListener("focus", () => open(true));
-    search.addEventListener("blur", () => open(false));
-    search.addEventListener("input", () => {
-      open(true);
-      clearTimeout(waiting);
-      waiting = setTimeout(() => shelf.ask(search.value), 160);
+    const adder = picker({
+      id: element.closest("[id]")?.id ?? "rack", label: "Add an adapter", placeholder: "Add from the library…", none: "All in use",
+      fits: (entry) => !props.value.uses.some((use) => use.adapter === entry.adapter),
+      pick: (entry) => commit((uses, value) => {
+        uses.push(value.kept.find((use) => use.adapter === entry.adapter) ?? entry);
+      }),
     });
-    search.addEventListener("keydown", (event) => {
-      const found = rest();
-      if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-        event.preventDefault();
-        const step = event.key === "ArrowDown" ? 1 : -1;
-        chosen = found.length ? (chosen + step + found.length + (chosen < 0 && step < 0 ? 1 : 0)) % found.length : -1;
-        open(true);
-      } else if (event.key === "Enter" && !popup.hidden && (chosen >= 0 || found.length === 1)) {
-        event.preventDefault();
-        pick(found[Math.max(chosen, 0)]);
-      } else if (event.key === "Escape") {
-        search.value = "";
-        open(false);
-        if (shelf.text) shelf.ask("");
-      }
-    });
-    element.querySelector(".rack").replaceChildren(list, adder);
+    element.querySelector(".rack").replaceChildren(list, adder.node);
 
     function draw() {
       const held = list.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
@@ -282,13 +296,13 @@
         groups.set(key, [...(groups.get(key) ?? []), { use, index }]);
       });
       list.replaceChildren(...[...groups.values()].map(card));
-      offer();
+      adder.offer();
       if (held) element.querySelector(`[data-key="${CSS.escape(held)}"]`)?.focus({ preventScroll: true });
     }
-    shelf.draw = offer;
+    shelf("rack").drawers.push(adder.offer);
     watch("value", draw);
     draw();
   }
 
-  Object.assign(window.intarsia, { rack, offers });
+  Object.assign(window.intarsia, { rack, offers, shelf, slider, picker, changes });
 })();

@@ -14,7 +14,8 @@ from .errors import InputError
 from .events import CancelToken
 from .hooks import StepHook
 from .models import Model
-from .modular import Network, Prompt
+from .modular import Prompt
+from .network import Network
 
 
 def render_many(  # noqa: PLR0913 - keywords, the names of `render`

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .attach import Attachment, Target, fitted
 from .errors import AdapterError
+from .fitted import Attachment, Target, fitted
 
 
 @contextmanager

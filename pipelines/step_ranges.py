@@ -23,7 +23,7 @@ class StepRanges:
 
     def before(self, step: Step) -> Tensor:
         done = step.index / step.total
-        self._branches.activate(a.name for a in self._attachments if a.steps[0] <= done < a.steps[1])
+        self._branches.mute(a.name for a in self._attachments if not a.steps[0] <= done < a.steps[1])
         return step.latents
 
     def after(self, step: Step) -> Tensor:

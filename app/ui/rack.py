@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import gradio as gr
 
@@ -22,36 +22,39 @@ if TYPE_CHECKING:
     from ..library_entry import Entry
 
 Value = dict[str, Any]
+Use = TypeVar("Use", bound=AdapterUse)
 SETTINGS = ("weight", "blocks", "first", "last")  # of an AdapterUse
 OFFERED = 12  # entries shown while a person looks for one
 MAX_TEXT = 200  # characters of what is looked for
 ROLE_ORDER = {"content": 0, "style": 1}
 
 
-def component() -> gr.HTML:
-    """Make the rack; it is drawn and edited in the browser (assets/studio.js)."""
+def component(elem_id: str = "rack") -> gr.HTML:
+    """Make a rack; it is drawn and edited in the browser (assets/rack.js)."""
     return gr.HTML(
         value={"uses": [], "kept": []},
         html_template='<div class="rack"></div>',
         js_on_load="intarsia.rack(element, props, trigger, watch); /* 'change' 'word' 'groups' */",
         apply_default_css=False,
-        elem_id="rack",
+        elem_id=elem_id,
+        elem_classes="rack-of",
     )
 
 
-def offers() -> gr.HTML:
-    """Make what the rack offers from the library; the rack shows it."""
+def offers(name: str = "rack") -> gr.HTML:
+    """Make what the library offers under a name: racks and pickers show "rack"."""
     return gr.HTML(
         value={"text": "", "rows": []},
         html_template="<span></span>",
-        js_on_load="intarsia.offers(props, trigger, watch); /* 'find' */",
+        js_on_load=f"intarsia.offers('{name}', props, trigger, watch); /* 'find' */",
         apply_default_css=False,
-        elem_id="rack-shelf",
+        elem_id=f"{name}-shelf",
+        elem_classes="shelf-of",
     )
 
 
-def connect(desk: Desk, rack: gr.HTML, shelf: gr.HTML, seen: gr.State) -> None:
-    """Opening a row asks which parts of the model its adapter changes, typing a name what fits it in the library."""
+def connect_rows(desk: Desk, rack: gr.HTML) -> None:
+    """Opening a row asks which parts of the model its adapter changes."""
 
     @shown
     def groups(value: Value, event: gr.EventData) -> Value:
@@ -60,12 +63,18 @@ def connect(desk: Desk, rack: gr.HTML, shelf: gr.HTML, seen: gr.State) -> None:
         uses = [{**use, "groups": found} if use["adapter"] == name else use for use in value["uses"]]
         return {**value, "uses": uses}
 
+    rack.groups(groups, rack, rack, **CALM)
+
+
+def connect(desk: Desk, rack: gr.HTML, shelf: gr.HTML, seen: gr.State) -> None:
+    """Its rows as `connect_rows`; and typing a name asks what fits it in the library."""
+
     @shown
     def find(given: Seen, event: gr.EventData) -> Value:
         given.wanted = str(event.text)[:MAX_TEXT]
         return offered(desk, given)
 
-    rack.groups(groups, rack, rack, **CALM)
+    connect_rows(desk, rack)
     shelf.find(find, seen, shelf, trigger_mode="always_last", **CALM)
 
 
@@ -112,19 +121,23 @@ def restored(desk: Desk, uses: Iterable[AdapterUse]) -> tuple[Value, list[str]]:
     Returns:
         The rack's value, and the names that are not in the library.
     """
-    by_name: dict[str, Entry] = {}
-    by_hash: dict[str, Entry] = {}
-    for entry in desk.studio.shelf.entries():
-        by_name[entry.name] = by_hash[entry.sha256] = entry
     rows: list[dict[str, Any]] = []
     missing: list[str] = []
-    for use in uses:
-        entry = by_hash.get(use.sha256) if use.sha256 else by_name.get(use.adapter)
+    for use, entry in found(desk, uses):
         if entry is None:
             missing.append(use.adapter)
         else:
             rows.append(row(entry, use))
     return {"uses": rows, "kept": []}, missing
+
+
+def found(desk: Desk, uses: Iterable[Use]) -> list[tuple[Use, Entry | None]]:
+    """Find the entries that a request used: by what is in the file where the request knows it, else by name."""
+    by_name: dict[str, Entry] = {}
+    by_hash: dict[str, Entry] = {}
+    for entry in desk.studio.shelf.entries():
+        by_name[entry.name] = by_hash[entry.sha256] = entry
+    return [(use, by_hash.get(use.sha256) if use.sha256 else by_name.get(use.adapter)) for use in uses]
 
 
 def group_of(desk: Desk, name: str) -> list[Entry]:
