@@ -11,6 +11,7 @@ import typer
 
 from ..pipelines.errors import InputError
 from . import present
+from .cli_compose import add_compose
 from .cli_console import Console, complain, guarded
 from .cli_corpus import add_corpus
 from .cli_evaluate import add_evaluate
@@ -80,6 +81,7 @@ def announce(address: str) -> None:
 
 
 add_generate(app)
+add_compose(app)
 add_train(app)
 add_evaluate(app)
 add_adapters(app)

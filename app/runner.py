@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..composition.layout import ComposeRequest
 from ..pipelines.errors import Cancelled, IntarsiaError, MemoryLimitError
 from ..pipelines.events import Artifact, CancelToken, Done, Event, Failed, Interrupted, Notice, Stage, Stopped
 from ..pipelines.requests import EffectRequest, GenerateRequest, ToolRequest, TrainRequest
@@ -52,6 +53,8 @@ class Runner:
                 yield from self._generate(job, job.request, token)
             elif isinstance(job.request, ToolRequest):
                 yield from self._tool(job, job.request, token)
+            elif isinstance(job.request, ComposeRequest):
+                yield from self._compose(job, job.request, token)
             elif isinstance(job.request, EffectRequest):
                 yield from self._effect(job, job.request, token)
             else:
@@ -128,6 +131,16 @@ class Runner:
                 yield from self._shelve(job, event, None)
                 continue
             yield event
+
+    def _compose(self, job: Job, request: ComposeRequest, token: CancelToken) -> Iterator[Event]:
+        from ..composition.run import compose
+        from .compose_work import resolved
+
+        model = yield from self._model(request.model, token)
+        yield Stage(name="attach", detail=", ".join(use.called for use in request.concepts))
+        request, composition = resolved(request, model, self._shelf, token)
+        self._store.set_request(job.id, request)
+        yield from compose(request, composition, self._store.home.outputs, job.folder)
 
     def _effect(self, job: Job, request: EffectRequest, token: CancelToken) -> Iterator[Event]:
         from ..pipelines.effect import measure_effect

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -90,6 +91,14 @@ class Studio:
 
     # Jobs
 
+    def check(self, request: AnyRequest) -> AnyRequest:
+        """Refuse what cannot be done, without doing anything; gives the request completed.
+
+        Raises:
+            IntarsiaError: As `submit`.
+        """
+        return self._checked(request)
+
     def submit(self, request: AnyRequest) -> Job:
         """Check a request cheaply, complete it (seed) and queue it.
 
@@ -163,6 +172,13 @@ class Studio:
             if over:
                 return
             time.sleep(POLL)
+
+    def comparison(self, job_id: str) -> dict[str, Any] | None:
+        """Read the report of a composition, rewritten after each of its pictures; None while there is none."""
+        try:
+            return json.loads((self.job(job_id).folder / "comparison.json").read_text("utf-8"))
+        except FileNotFoundError:
+            return None
 
     def evaluate(
         self, name: str, options: Mapping[str, Any], out: Path | None = None, token: CancelToken | None = None

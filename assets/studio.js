@@ -40,8 +40,8 @@
   /* Ctrl+Enter makes pictures from wherever one types. */
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
-    const go = document.getElementById("generate");
-    if (go && go.offsetParent !== null) { event.preventDefault(); go.click(); }
+    const go = ["generate", "compose-go"].map((id) => document.getElementById(id)).find((one) => one?.offsetParent);
+    if (go) { event.preventDefault(); go.click(); }
   });
 
   /* Buttons in cards: one click event with the button's data. `data-confirm` asks once more, in place. */
@@ -117,19 +117,25 @@
   /* Files dropped anywhere on the page, whatever they are: Python says what becomes of them. */
   function dropzone(element, trigger, upload) {
     const veil = el("div", "veil");
-    veil.append(el("div", "veil-text", "Drop it: a picture or an adapter"));
+    veil.append(el("div", "veil-text", "Drop it: a picture, an adapter or a layout"));
     document.body.append(veil);
     const carries = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
     let depth = 0;
     const show = (on) => { depth = on ? depth : 0; veil.classList.toggle("on", on); };
     addEventListener("dragenter", (event) => { if (carries(event)) { depth += 1; show(true); } });
     addEventListener("dragleave", (event) => { if (carries(event) && (depth -= 1) <= 0) show(false); });
-    addEventListener("dragover", (event) => { if (carries(event)) event.preventDefault(); }, true);
+    addEventListener("dragover", (event) => {
+      if (!carries(event)) return;
+      event.preventDefault();
+      veil.classList.toggle("aside", Boolean(window.intarsia.spotAt(event)));   // the canvas shows where it would go
+    }, true);
     addEventListener("drop", async (event) => {
       if (!carries(event)) return;
       event.preventDefault();
       event.stopPropagation();
       show(false);
+      const spot = window.intarsia.spotAt(event);
+      window.intarsia.spotAt(null);
       const files = [];
       for (const file of [...event.dataTransfer.files]) {
         document.body.classList.add("uploading");
@@ -142,7 +148,7 @@
       }
       document.body.classList.remove("uploading");
       const tab = document.querySelector('[role="tab"][aria-selected="true"]')?.textContent.trim() ?? "";
-      if (files.length) trigger("drop", { files, tab });
+      if (files.length) trigger("drop", { files, tab, spot });
     }, true);
   }
 

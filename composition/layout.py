@@ -49,8 +49,20 @@ class ConceptUse(AdapterUse):
         return (self.words or self.prompt.partition(",")[0]).strip()
 
     @property
+    def plain(self) -> AdapterUse:
+        """The adapter alone."""
+        return AdapterUse(**self.model_dump(include=set(AdapterUse.model_fields)))
+
+    @property
     def placed(self) -> bool:
         return self.box is not None or bool(self.mask)
+
+    @field_validator("box", mode="before")
+    @classmethod
+    def _four(cls, box: object) -> object:
+        if box is None or (isinstance(box, list | tuple) and len(cast(list[object], box)) == 4):
+            return box
+        raise ValueError("give four fractions: left, top, right, bottom")
 
     @field_validator("box")
     @classmethod

@@ -21,12 +21,12 @@ def covered(box: Box, size: tuple[int, int]) -> Tensor:
         size: (height, width) of the grid.
 
     Returns:
-        `(height, width)` from 0 to 1; at least the cell of its centre is 1, however small the box is.
+        `(height, width)` from 0 to 1; a box that covers a tenth of no cell has the cell of its centre.
     """
     left, top, right, bottom = box
     mask = _span(top, bottom, size[0])[:, None] * _span(left, right, size[1])[None]
     row, column = int((top + bottom) / 2 * size[0]), int((left + right) / 2 * size[1])
-    if mask.max() < 0.5:  # thinner than a cell: it would vanish
+    if mask.max() < 0.1:  # it would vanish
         mask[min(row, size[0] - 1), min(column, size[1] - 1)] = 1
     return mask
 

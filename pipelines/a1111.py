@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +41,11 @@ KNOWN = {
 
 @dataclass(frozen=True)
 class Restored:
-    """Settings read from a picture, and what could not be restored, in sentences."""
+    """Settings read from a picture, what could not be restored, in sentences, and the layout of a composed one."""
 
     request: GenerateRequest
     notes: tuple[str, ...] = ()
+    composition: Mapping[str, Any] | None = None
 
 
 def write(request: GenerateRequest, size: tuple[int, int]) -> str:

@@ -171,6 +171,9 @@ def kept_rank(values: Tensor, rank: int, energy: float) -> int:
 def stored(change: Factors, dtype: torch.dtype) -> tuple[LowRank, Factors]:
     """Give the layer as a file will hold it, and what is left of the change by that rounding."""
     kernel = change.shape[2:]
+    if not change.rank:  # nothing is changed, which a file cannot say with no rank at all
+        down, up = change.down.new_zeros(1, prod(change.shape[1:])), change.up.new_zeros(len(change.up), 1)
+        change = replace(change, down=down, up=up)
     down = change.down.to(dtype).reshape(change.rank, *change.shape[1:])
     up = change.up.to(dtype).reshape(change.shape[0], change.rank, *[1] * len(kernel))
     bias = None if change.bias is None else change.bias.to(dtype)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from PIL import Image
@@ -82,7 +82,8 @@ def generate(
             generator = torch.Generator().manual_seed(single.seed)
             sampler = schedule.make(request.scheduler, model.components["scheduler"], model.spec)
             work = model.engine.begin(prompt, size, request.steps, sampler, generator)
-            watch = _Watch(model, work, size, scratch, number, request.count)
+            label = f"picture {number + 1} of {request.count}" if request.count > 1 else ""
+            watch = Watch(model, work, size, scratch, number, request.count, label)
             yield Stage(name="denoise", detail=f"picture {number + 1} of {request.count}, seed {single.seed}")
             latents = work.latents
             for stepped in denoise(work, token, hooks):
@@ -149,7 +150,16 @@ def render(
     return images
 
 
-def picture_size(request: GenerateRequest, model: Model) -> tuple[int, int]:
+class Sized(Protocol):
+    """A request for pictures of a size."""
+
+    @property
+    def width(self) -> int | None: ...
+    @property
+    def height(self) -> int | None: ...
+
+
+def picture_size(request: Sized, model: Model) -> tuple[int, int]:
     """Give (width, height) in pixels: as asked for, else the model's own.
 
     Raises:
@@ -182,16 +192,28 @@ def notices(request: GenerateRequest, model: Model) -> Iterator[str]:
         yield "This model was distilled without guidance; the guidance was not used."
 
 
-class _Watch:
-    """Turns the steps of one picture into events."""
+class Watch:
+    """Turns the steps of one picture into events.
 
-    def __init__(self, model: Model, work: Work, size: tuple[int, int], scratch: Path, number: int, count: int) -> None:
+    Args:
+        model: That draws.
+        work: The picture's.
+        size: (width, height) in pixels.
+        scratch: Folder of previews.
+        number: Of the picture, from 0, among `count`.
+        label: Of its previews.
+    """
+
+    def __init__(
+        self, model: Model, work: Work, size: tuple[int, int], scratch: Path, number: int, count: int, label: str = ""
+    ) -> None:
         self._engine = model.engine
         self._scheduler = work.scheduler
         self._size = size
         self._scratch = scratch
         self._number = number
         self._count = count
+        self._label = label
         self._last = time.perf_counter()
 
     def events(self, stepped: Stepped, colours: preview.LatentColours) -> Iterator[Event]:
@@ -203,13 +225,12 @@ class _Watch:
         clean = schedule.denoised(self._scheduler, stepped.prediction, stepped.before, stepped.sigma)
         image = colours.picture(self._engine.spatial(clean, self._size))
         path = preview.save(image, self._scratch, overall)
-        label = f"picture {self._number + 1} of {self._count}" if self._count > 1 else ""
-        yield Preview(path=str(path), step=overall, label=label)
+        yield Preview(path=str(path), step=overall, label=self._label)
         self._last = time.perf_counter()
 
 
-def save(image: Image.Image, out: Path, request: GenerateRequest) -> Path:
-    """Write a picture with its settings under the next free number."""
+def save(image: Image.Image, out: Path, request: GenerateRequest, extra: Mapping[str, Any] | None = None) -> Path:
+    """Write a picture with its settings, and more that is to be kept with them, under the next free number."""
     taken = [int(path.name[:5]) for path in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
     number = max(taken, default=0) + 1
     while True:
@@ -220,7 +241,7 @@ def save(image: Image.Image, out: Path, request: GenerateRequest) -> Path:
         except FileExistsError:
             number += 1
     try:
-        return write_png(image, path, request)
+        return write_png(image, path, request, extra)
     except BaseException:
         path.unlink(missing_ok=True)
         raise

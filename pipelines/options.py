@@ -85,6 +85,9 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> InputError:
     kind, place, value = first["type"], first["loc"], first.get("input")
     if kind in ("json_invalid", "json_type"):
         return InputError("The settings are no JSON that can be read.", "Copy them again from where they came.")
+    if not place:  # what a validator of the whole says is a sentence
+        reason = _lowered(first["msg"])
+        return InputError(f"{reason[:1].upper()}{reason[1:]}.")
     owner, field = _owner(cls, place)
     if kind == "extra_forbidden":
         known = ", ".join(owner.model_fields)

@@ -215,7 +215,9 @@ def _ours(name: str, text: str) -> Restored:
     changed = [f"{key} {value}" for key, value in made_with.items() if versions().get(key) != value]
     if changed:
         notes.append(f"It was made with {', '.join(changed)}; the picture may come out slightly different.")
-    return Restored(GenerateRequest.parse(table), tuple(notes))
+    composed = found.get("composition")
+    layout = cast(dict[str, Any], composed) if isinstance(composed, dict) else None
+    return Restored(GenerateRequest.parse(table), tuple(notes), layout)
 
 
 def _user_comment(comment: object) -> str | None:

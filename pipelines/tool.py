@@ -107,12 +107,14 @@ class Made:
         rows: Layer by layer, its canonical path and its figures.
         told: In sentences: the sum of it, and what a person should know.
         save: Writes the result; None if there is nothing to write.
+        layers: Of the adapter that was made, as they will be stored; none if it was not made layer by layer.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[float, ...]], ...]
     told: tuple[str, ...]
     save: Callable[[Path], None] | None = None
+    layers: Mapping[str, LowRank] = field(default_factory=dict[str, LowRank])
 
 
 Work = Generator[Progress, None, Made]
@@ -222,7 +224,7 @@ def layer_by_layer(inputs: Inputs, options: ToolOptions, tool: str, make: Callab
     from .adapter_file import write_adapter
 
     texts = provenance(inputs, options, tool) | _texts(inputs.sources, family)
-    return Made(COLUMNS, tuple(rows), tuple(told), lambda path: write_adapter(path, layers, texts))
+    return Made(COLUMNS, tuple(rows), tuple(told), lambda path: write_adapter(path, layers, texts), layers)
 
 
 def _one_shape(path: str, shapes: Mapping[Shape, str]) -> None:

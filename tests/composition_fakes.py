@@ -27,6 +27,8 @@ UNET_PARTS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "attn2
 DIT_PARTS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out",
              "ff.net.0.proj", "ff_context.net.0.proj", "proj_mlp", "proj_out")  # fmt: skip
 
+QUICK: dict[str, dict[str, Any]] = {"ziplora": {"steps": 2}}  # options of methods that work long before they draw
+
 
 @cache
 def _load(folder: Path) -> Model:

@@ -1,25 +1,23 @@
-"""What the composition bench compares: ways to draw a scene of taught contents, and two controls made of real pictures.
-
-A method that composes adapters joins by one more entry in `ARMS`: `drawn(...)` around a context that attaches the
-scene's adapters to the model and gives the hooks of the denoising loop.
+"""What the composition bench compares: every way to compose that is found, the prompt alone, and two controls made of
+real pictures. A method joins by its file in composition/methods; nothing here names one but Merge, the yardstick.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ...composition.layout import ComposeRequest, ConceptUse
+from ...composition.method import CompositionMethod, fitting, methods
+from ...pipelines.errors import InputError
 from .layouts import Scene, pasted
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from ...composition.composition import Composition
     from ...pipelines.adapter_types import AdapterFile
-    from ...pipelines.attach import Attachment
-    from ...pipelines.hooks import StepHook
     from .bench import Place
 
 
@@ -30,7 +28,7 @@ class Kit:
     Args:
         place: Of the bench.
         adapters: Content to the adapter it was taught as; holds nothing while no arm needs it.
-        weight: Of every adapter in Merge.
+        weight: Of every adapter.
         steps: Of denoising.
         guidance: Guidance scale.
         size: (width, height) in pixels.
@@ -43,11 +41,19 @@ class Kit:
     guidance: float
     size: tuple[int, int]
 
-    def attachments(self, scene: Scene) -> list[Attachment]:
-        """The adapters of a scene's contents, each at its weight."""
+    def composition(self, scene: Scene) -> Composition:
+        """A scene as a method sees it: each content with its adapter, its own words and its box."""
+        from ...composition.composition import Composition, Concept
         from ...pipelines.attach import Attachment
 
-        return [Attachment(content, self.adapters[content], self.weight) for content in scene.contents]
+        concepts = tuple(
+            Concept(Attachment(content, self.adapters[content], self.weight), said, phrase, box)
+            for content, said, phrase, box in told(scene)
+        )
+        return Composition(
+            self.place.model, concepts, prompt=scene.prompt, steps=self.steps, guidance=self.guidance, size=self.size,
+            token=self.place.token,
+        )  # fmt: skip
 
     def real(self, content: str, style: str) -> Image.Image:
         """The real picture of a content in a style, at the size of the canvas."""
@@ -55,8 +61,17 @@ class Kit:
         return pictures.image(pictures.of(content=content, style=style)[0], max(self.size))
 
 
+def told(scene: Scene) -> list[tuple[str, str, str, tuple[float, float, float, float]]]:
+    """Of every content: its name, what its place shows, its words in the prompt of the scene, its box."""
+    from ...training.scenes import named
+
+    return [
+        (content, f"{named(content)}, {scene.style} style", named(content), box)
+        for content, box in zip(scene.contents, scene.boxes, strict=True)
+    ]
+
+
 Draw = Callable[[Kit, Scene, Sequence[int]], "list[Image.Image]"]
-Hold = Callable[[Kit, Scene], "AbstractContextManager[Sequence[StepHook]]"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class Arm:
         alone: Name of the arm that draws one content alone: what composing costs is told by the difference.
         taught: Whether it needs the adapters.
         control: Made of real pictures: says what the instruments can tell, not what a method can do.
+        able: Whether it can draw a scene at all, with a model of a family.
     """
 
     name: str
@@ -78,41 +94,43 @@ class Arm:
     alone: str
     taught: bool = False
     control: bool = False
+    able: Callable[[Scene, str], bool] = lambda scene, family: True
 
 
-def drawn(hold: Hold) -> Draw:
-    """Draw with the model while `hold` keeps something attached to it."""
+def base(kit: Kit, scene: Scene, seeds: Sequence[int]) -> list[Image.Image]:
+    """Draw with the prompt alone, and the model as it is."""
+    from ...pipelines.batch import render_many
+
+    made = render_many(
+        kit.place.model, [scene.prompt] * len(seeds), seeds, steps=kit.steps, guidance=kit.guidance, size=kit.size,
+        token=kit.place.token, batch=1,
+    )  # fmt: skip
+    return list(made)
+
+
+def arm_of(method: CompositionMethod[Any]) -> Arm:
+    """A method with its usual options; each content alone is drawn by Merge, whose sum has one part then."""
 
     def draw(kit: Kit, scene: Scene, seeds: Sequence[int]) -> list[Image.Image]:
-        from ...pipelines.batch import render_many
+        from dataclasses import replace
 
-        with hold(kit, scene) as hooks:
-            made = render_many(
-                kit.place.model, [scene.prompt] * len(seeds), seeds, steps=kit.steps, guidance=kit.guidance,
-                size=kit.size, token=kit.place.token, hooks=hooks,
-            )  # fmt: skip
-            return list(made)
+        from ...composition.draw import render
 
-    return draw
+        composition = kit.composition(scene)  # one for all seeds: a method may keep what does not depend on them
+        return [render(replace(composition, seed=seed), method, method.options()) for seed in seeds]
 
+    def able(scene: Scene, family: str) -> bool:
+        uses = tuple(
+            ConceptUse(adapter=content, prompt=said, words=phrase, box=box)
+            for content, said, phrase, box in told(scene)
+        )
+        try:
+            fitting(ComposeRequest(prompt=scene.prompt, concepts=uses), method, family, {})
+        except InputError:
+            return False
+        return True
 
-@contextmanager
-def nothing(kit: Kit, scene: Scene) -> Generator[Sequence[StepHook]]:
-    """Leave the model as it is: the prompt alone."""
-    yield ()
-
-
-@contextmanager
-def merged(kit: Kit, scene: Scene) -> Generator[Sequence[StepHook]]:
-    """All adapters at once: every layer adds the sum over the concepts of w * scale * up @ down.
-
-    Paper: "Multi-LoRA Composition for Image Generation", arXiv:2402.16843, section 2 (LoRA Merge). Its code multiplies
-    the sum by 0.8; here that is a weight of 0.8.
-    """
-    from ...pipelines.attach import attached
-
-    with attached(kit.place.model.components, kit.attachments(scene)):
-        yield ()
+    return Arm(method.name, method.title, draw, alone="merge", taught=True, able=able)
 
 
 def truth(kit: Kit, scene: Scene, seeds: Sequence[int]) -> list[Image.Image]:
@@ -131,47 +149,7 @@ ARMS: Mapping[str, Arm] = {
     for arm in (
         Arm("truth", "Real pictures, laid out", truth, alone="truth", control=True),
         Arm("swapped", "Real pictures, boxes exchanged", swapped, alone="truth", control=True),
-        Arm("base", "Prompt only", drawn(nothing), alone="base"),
-        Arm("merge", "Merge: all adapters at once", drawn(merged), alone="merge", taught=True),
+        Arm("base", "Prompt only", base, alone="base"),
+        *map(arm_of, methods().values()),
     )
 }
-
-
-@dataclass
-class Meter:
-    """What drawing cost.
-
-    Args:
-        rows: Latents the denoiser was run on; with guidance two per step of a picture.
-        memory: Most bytes seen: on an accelerator by tensors, on the CPU by the process.
-        seconds: On the wall.
-    """
-
-    rows: int = 0
-    memory: int = 0
-    seconds: float = 0.0
-
-
-@contextmanager
-def metered(kit: Kit) -> Generator[Meter]:
-    """Count what the denoiser is asked for within the block; nothing is left on it afterwards."""
-    import torch
-
-    from ...pipelines.image import peak_memory
-
-    meter, model = Meter(), kit.place.model
-    if model.device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(model.device)
-
-    def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ANN401
-        latents = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        meter.rows += len(latents)
-        meter.memory = max(meter.memory, peak_memory(model.device))
-
-    handle = model.denoiser.register_forward_hook(count, with_kwargs=True)
-    started = time.perf_counter()
-    try:
-        yield meter
-    finally:
-        meter.seconds = time.perf_counter() - started
-        handle.remove()

@@ -46,10 +46,22 @@ def _confusion(row: Row) -> float:
     return fmean(any(hit for j, hit in enumerate(hits) if j != i) for i, hits in enumerate(inside))
 
 
+def _told(row: Row) -> float:
+    """Share of the boxes that are more like their own content than like any other that was taught."""
+    return fmean(chosen == index for index, chosen in enumerate(row["chosen"]))
+
+
+def _mistaken(row: Row) -> float:
+    """Share of the boxes that are most like another content of the scene."""
+    return fmean(chosen not in (index, -1) for index, chosen in enumerate(row["chosen"]))
+
+
 QUALITY: Mapping[str, Measure] = {  # of one picture; named as in summary.json and in the tables
     "all placed": _all_placed,
     "presence": _mean("present"),
     "place": _mean("placed"),
+    "told apart": _told,
+    "mistaken": _mistaken,
     "identity": _mean("identity"),
     "Lite0": _mean("lite0"),
     "confusion": _confusion,
@@ -68,11 +80,13 @@ COST: Mapping[str, Measure] = {
 READING = (
     "Values are means over pictures ± standard deviation; n is the number of pictures. present: found anywhere (among "
     "the judge's five likeliest contents of a window and above the calibrated threshold). place: the best such window "
-    "lies in the content's own box. all placed: share of pictures in which every content is. identity, Lite0: cosine "
+    "lies in the content's own box. all placed: share of pictures in which every content is. told apart: share "
+    "of the boxes that are more like their own content than like any other that was taught, however little; mistaken: "
+    "most like another content of the same scene. identity, Lite0: cosine "
     "of the box with the real picture of the content in the prompt's style. confusion: share of contents found in "
     "another's box. duplicates: things beyond the one asked for, per content. style: cosine of the boxes with the "
-    "style asked for; style fade: how much higher that is when the same arm draws each content alone, laid into the "
-    "same box. false alarms: share of the taught contents that were not asked for but found."
+    "style asked for; style fade: how much higher that is when each content is drawn alone by its adapter, laid into "
+    "the same box. false alarms: share of the taught contents that were not asked for but found."
 )
 
 
@@ -126,8 +140,8 @@ def _cost(groups: Mapping[tuple[int, str], Sequence[Row]]) -> Table:
     ]
     return Table(
         "What composing costs", ("contents", "arm", "n", *COST), tuple(rows),
-        "lost: how much higher the figure is when the same arm draws each content alone, laid into the same box. "
-        "seconds: per picture, seeds of a scene drawn in one batch. passes: times the denoiser was run per picture; "
+        "lost: how much higher the figure is when each content is drawn alone by its adapter, laid into the same box. "
+        "seconds: per picture. passes: times the denoiser was run per picture; "
         "with guidance two per step. memory: the most seen, of the accelerator or the whole process.",
     )  # fmt: skip
 
@@ -200,8 +214,9 @@ def _notes(place: Place, weight: float) -> Iterable[str]:
         "boxes exchanged, present but not placed."
     )
     yield (
-        f"Merge adds the adapters' changes, each at weight {weight:g} (LoRA Merge of arXiv:2402.16843, whose code uses "
-        "0.8); it is told the boxes only by the words of the prompt."
+        f"Every adapter has weight {weight:g}, every method its usual options; methods without boxes are told the places "
+        "only by the words of the prompt. A method that composes no more than two concepts is missing where there are "
+        "more."
     )
 
 

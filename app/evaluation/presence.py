@@ -243,7 +243,8 @@ def measure(finder: Finder, sight: Sight, scene: Scene, others: Sequence[str]) -
 
     Returns:
         `present` and `placed` (bool), `score`, `duplicates` (things beyond the one asked for), `inside` (a list per
-        content: is it found in the crop of each box), and `false_alarm` (bool, per one of `others`).
+        content: is it found in the crop of each box), `chosen` (of all taught contents, the one its box is most like:
+        a number into the scene's contents, -1 for one of `others`), and `false_alarm` (bool, per one of `others`).
     """
     found = [finder.find(sight, content) for content in scene.contents]
     asked = [scene.contents.count(content) for content in scene.contents]
@@ -253,5 +254,14 @@ def measure(finder: Finder, sight: Sight, scene: Scene, others: Sequence[str]) -
         "score": [round(one.score, 4) for one in found],
         "duplicates": [max(0, one.times - wanted) for one, wanted in zip(found, asked, strict=True)],
         "inside": [list(one.boxes) for one in found],
+        "chosen": _chosen(finder, sight, scene, others),
         "false_alarm": [finder.find(sight, content).times > 0 for content in others],
     }
+
+
+def _chosen(finder: Finder, sight: Sight, scene: Scene, others: Sequence[str]) -> list[object]:
+    """Let the judge choose for every box among the contents that were taught, however little it is like any."""
+    names = [*scene.contents, *others]
+    boxes = sight.scores[len(windows()) :][:, [finder.column(name) for name in names]]
+    best: list[int] = boxes.argmax(dim=1).tolist()
+    return [index if index < len(scene.contents) else -1 for index in best]

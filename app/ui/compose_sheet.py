@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +13,7 @@ from typing import Any
 from ..present import duration, size
 from .pieces import esc
 
+FILES = ("picture", "path", "mask", "adapter", "model")  # keys of a report that may hold a path
 MIXED = 0.25  # share of another concept in a box from which the sheet names it
 
 
@@ -50,7 +51,7 @@ class Shot:
     seconds: float = 0.0
     passes: int = 0
     memory: float = 0.0
-    facts: Mapping[str, Sequence[float]] = {}
+    facts: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
     masks: Sequence[tuple[str, str]] = ()
     scores: Scores | None = None
 
@@ -147,7 +148,7 @@ def sheet_table(sheet: Sheet, plan: Plan, picture: Callable[[int, Shot], str]) -
     foot = f'<tfoot><tr><th scope="row">mean</th>{means}</tr></tfoot>' if len(plan.seeds) > 1 else ""
     return (
         '<div class="sheet-scroll" tabindex="0" role="region" aria-label="Comparison of methods by seed">'
-        f'<table class="sheet-table"><thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>{foot}</table></div>'
+        f'<table class="sheet-table" style="--columns:{len(plan.methods)}"><thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>{foot}</table></div>'
     )
 
 
@@ -179,18 +180,15 @@ def _marks(scores: Scores | None) -> str:
         mixed = ""
         if other and other[1] >= MIXED:
             said = f"{other[0]} is seen in the place of {name}: {other[1]:.2f}"
-            mixed = f'<span class="mixed c{_at(scores, other[0])}" title="{esc(said)}">{esc(other[0])} {other[1]:.2f}</span>'
-        word = "present" if there else "absent"
+            mixed = f'<span class="mixed" title="{esc(said)}">{esc(other[0])} {other[1]:.2f}</span>'
+        word, sign = ("present", "✓") if there else ("absent", "✗")
         lines.append(
-            f'<li class="c{index}"><span class="who {word}" title="{word}"><i aria-hidden="true"></i>{esc(name)}'
-            f'<span class="sr">, {word}</span></span><span class="meter" title="identity {itself:.2f}">'
+            f'<li class="c{index} {word}"><span class="who"><i></i>{esc(name)}</span>'
+            f'<span class="there" role="img" aria-label="{word}" title="{word}">{sign}</span>'
+            f'<span class="meter" title="identity {itself:.2f}">'
             f'<i style="width:{100 * min(max(itself, 0), 1):.0f}%"></i></span><b>{itself:.2f}</b>{mixed}</li>'
         )
     return f'<ul class="marks">{"".join(lines)}</ul>{_matrix(scores)}'
-
-
-def _at(scores: Scores, name: str) -> int:
-    return list(scores.concepts).index(name)
 
 
 def _matrix(scores: Scores) -> str:
@@ -230,14 +228,10 @@ def without_places(value: Any) -> Any:  # noqa: ANN401 - JSON
     """Leave folders of this computer out of a report: files keep their names."""
     if isinstance(value, Mapping):
         return {
-            key: Path(inner).name if key in ("picture", "path", "mask") and inner else without_places(inner)
+            key: Path(inner).name if key in FILES and isinstance(inner, str) else without_places(inner)
             for key, inner in value.items()
         }
-    if isinstance(value, list):
-        return [without_places(inner) for inner in value]
-    if isinstance(value, str) and Path(value).is_absolute():
-        return Path(value).name
-    return value
+    return [without_places(inner) for inner in value] if isinstance(value, list) else value
 
 
 def sheet_json(sheet: Sheet) -> str:

@@ -134,7 +134,20 @@ def opened(desk: Desk, files: Iterable[tuple[str, Path]]) -> tuple[ComposeReques
     layouts = [path for name, path in named.items() if is_layout(name)]
     if len(layouts) != 1:
         raise InputError("Open one layout at a time.", "With it may come the pictures that are its masks.")
-    request = read_layout(layouts[0])
+    return with_own_masks(desk, read_layout(layouts[0]), named)
+
+
+def with_own_masks(desk: Desk, request: ComposeRequest, named: Mapping[str, Path]) -> tuple[ComposeRequest, list[str]]:
+    """Keep of a stranger's layout only masks painted here before or sent along: it must not make us read other files.
+
+    Args:
+        desk: Where uploads are kept.
+        request: The layout.
+        named: Pictures that came with it, by name.
+
+    Returns:
+        The layout, and what of it could not be found.
+    """
     kept = desk.studio.home.uploads.resolve()
     notes: list[str] = []
     concepts: list[ConceptUse] = []

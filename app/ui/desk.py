@@ -61,18 +61,21 @@ class Seen:
     Args:
         sent: Last value sent to each place and how often, so that an unchanged place is left alone.
         picture: Job id and number of the picture a person chose to look at, None for the newest.
+        composition: Job id of the composition it looks at, and the number of its picture (None: follow the run);
+            None for the newest.
         run: Job id opened in the runs tab.
         training: Job id followed in the train tab, "" for the newest.
         tool: Job id of the tool it used last, "" if none.
         unfinished: Jobs seen at work: when they end badly, this tab says so once.
         view: What it looks for in the library.
         panel: The report or form that is open there.
-        wanted: What it looks for among the adapters it could use.
+        wanted: What it looks for among the adapters it could use; `cast_wanted` in the Compose tab's own list.
         library_seen: When it last looked at the library, as a monotonic time.
     """
 
     sent: dict[str, tuple[Any, int]] = field(default_factory=dict[str, tuple[Any, int]])
     picture: tuple[str, int] | None = None
+    composition: tuple[str, int | None] | None = None
     run: str = ""
     training: str = ""
     tool: str = ""
@@ -80,6 +83,7 @@ class Seen:
     view: View = field(default_factory=View)
     panel: Panel | None = None
     wanted: str = ""
+    cast_wanted: str = ""
     library_seen: float = 0.0
 
     def fresh(self, place: str, value: Any) -> Any:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""The page: four tabs, one clock that reads the job store, and what happens across tabs."""
+"""The page: five tabs, one clock that reads the job store, and what happens across tabs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import gradio as gr
 from ...pipelines.errors import InputError
 from ...pipelines.events import Failed, Interrupted
 from ..studio import JobKind, Studio
-from . import rack, tab_generate, tab_library, tab_runs, tab_train
+from . import compose_value, rack, tab_compose, tab_generate, tab_library, tab_runs, tab_train
 from .desk import CALM, Desk, Seen, shown, toast, uploaded
 from .pieces import MOTIF, esc
 from .watch import Watcher
 
 BUSY, IDLE = 0.4, 1.0  # seconds between two looks at the job store
-KINDS: tuple[JobKind, ...] = ("generate", "train", "tool", "effect")
+KINDS: tuple[JobKind, ...] = ("generate", "train", "tool", "effect", "compose")
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -38,13 +38,15 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs(elem_id="tabs"):
             with gr.Tab("Generate", id="generate"):
                 generate = tab_generate.build(desk, seen)
+            with gr.Tab("Compose", id="compose"):
+                compose = tab_compose.build(desk, seen)
             with gr.Tab("Library", id="library"):
                 library = tab_library.build(desk)
             with gr.Tab("Train", id="train"):
                 train = tab_train.build(desk, seen)
             with gr.Tab("Runs", id="runs-tab"):
                 runs = tab_runs.build(desk, seen)
-        tabs = Tabs(generate, library, train, runs)
+        tabs = Tabs(generate, compose, library, train, runs)
         tab_library.connect(desk, library, seen, **CALM)
         _connect_use(desk, tabs)
         _connect_drop(desk, tabs, drop, seen)
@@ -54,9 +56,10 @@ def build(studio: Studio) -> gr.Blocks:
 
 @dataclass(frozen=True)
 class Tabs:
-    """The four tabs."""
+    """The five tabs."""
 
     generate: tab_generate.GenerateTab
+    compose: tab_compose.ComposeTab
     library: tab_library.LibraryTab
     train: tab_train.TrainTab
     runs: tab_runs.RunsTab
@@ -103,11 +106,17 @@ def _connect_use(desk: Desk, tabs: Tabs) -> None:
 
 def _connect_drop(desk: Desk, tabs: Tabs, drop: gr.HTML, seen: gr.State) -> None:
     """Files dropped anywhere: adapters go into the library, pictures bring settings back or become lessons."""
-    generate = tabs.generate
+    generate, compose = tabs.generate, tabs.compose
 
     @shown
-    def dropped(sheet: list[dict[str, str]], value: rack.Value, given: Seen, event: gr.EventData) -> list[Any]:
+    def dropped(
+        sheet: list[dict[str, str]], value: rack.Value, board: compose_value.Board, given: Seen, event: gr.EventData
+    ) -> list[Any]:
         files = [_received(file) for file in event.files]
+        composed: list[Any] = [gr.skip() for _ in compose.filled]
+        if any(compose_value.is_layout(name) for name, _ in files):
+            composed = tab_compose.open_layout(desk, compose, files)
+            files = []
         pictures, others = _sorted(files, training=event.tab == "Train")
         filled: list[Any] = [gr.skip() for _ in generate.filled]
         library: list[Any] = [gr.skip() for _ in tabs.library.live]
@@ -116,16 +125,21 @@ def _connect_drop(desk: Desk, tabs: Tabs, drop: gr.HTML, seen: gr.State) -> None
             library = tab_library.refresh(desk, tabs.library, given)
             use = entries if event.tab == "Generate" else []
             filled[generate.filled.index(generate.rack)] = rack.with_entries(value, use) if use else gr.skip()
+            if event.spot and entries:
+                changed = compose_value.with_entries(board, entries, dict(event.spot))
+                composed[compose.filled.index(compose.board)] = changed
         if pictures and event.tab == "Train":
             sheet = tab_train.take_in(desk, pictures, sheet)
+        elif pictures and event.tab == "Compose":
+            composed = tab_compose.restore(desk, compose, pictures[0][0], uploaded(pictures[0][1]))
         elif pictures:
             filled = tab_generate.restore(desk, generate, uploaded(pictures[0][1]))
-        return [sheet, *library, *filled]
+        return [sheet, *library, *filled, *composed]
 
     drop.drop(
         dropped,
-        [tabs.train.pictures, generate.rack, seen],
-        [tabs.train.pictures, *tabs.library.live, *generate.filled],
+        [tabs.train.pictures, generate.rack, compose.board, seen],
+        [tabs.train.pictures, *tabs.library.live, *generate.filled, *compose.filled],
         **CALM,
     )
 
@@ -145,19 +159,29 @@ def _sorted(files: list[tuple[str, str]], training: bool) -> tuple[list[tuple[st
 
 def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> None:
     """Everything live comes from here: a reload, a second tab and a restart show the same, for all read the store."""
-    places = [*tabs.generate.live, *tabs.train.watched, *tabs.runs.watched, *tabs.library.live, shared.status]
+    places = [
+        *tabs.generate.live,
+        *tabs.compose.live,
+        *tabs.train.watched,
+        *tabs.runs.watched,
+        *tabs.library.live,
+        shared.status,
+    ]
 
     def tick(seen: Seen) -> list[Any]:
         news = _trouble(desk, seen)
         due = time.monotonic() - seen.library_seen > tab_library.LOOK_EVERY
         offers = seen.fresh("offers", rack.offered(desk, seen)) if due else gr.skip()
+        cast = seen.fresh("cast", tab_compose.cast_offers(desk, seen)) if due else gr.skip()
         return [
             *tab_generate.refresh(desk, seen),
+            *tab_compose.refresh(desk, seen),
             *tab_train.refresh(desk, seen),
             *tab_runs.refresh(desk, seen),
             *tab_library.refresh(desk, tabs.library, seen, now=False),
             seen.fresh("status", masthead(desk)),
             offers,
+            cast,
             news or gr.skip(),
             _pace(seen),
         ]
@@ -173,7 +197,7 @@ def _connect_clock(page: gr.Blocks, desk: Desk, tabs: Tabs, shared: Shared) -> N
                 raise toast(InputError("The process that did the work ended before it was done.", way), "Interrupted")
 
     timer = gr.Timer(BUSY)
-    outputs = [*places, tabs.generate.offers, shared.trouble, timer]
+    outputs = [*places, tabs.generate.offers, tabs.compose.offers, shared.trouble, timer]
     gr.on([timer.tick, page.load], tick, shared.seen, outputs, trigger_mode="once", **CALM)
     shared.trouble.change(announce, shared.trouble, None, **CALM)
 

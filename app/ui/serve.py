@@ -16,7 +16,7 @@ import gradio as gr
 from ...pipelines.errors import InputError
 from ..studio import Studio
 from .page import build
-from .theme import head, text, theme
+from .theme import head, styles, theme
 
 FIRST_PORT = 7860
 PORTS_TRIED = 100
@@ -87,7 +87,7 @@ def serve(
             mcp_server=False,
             favicon_path=str(favicon),
             theme=theme(),
-            css=text("studio.css"),
+            css=styles(),
             head=head(),
         )
     return page, address

@@ -20,7 +20,13 @@ from .stage import stage_words, status_line
 from .watch import Watch, pictures_of
 
 RUNS = 50
-KINDS: dict[JobKind, str] = {"generate": "Picture", "train": "Training", "tool": "Tool", "effect": "Effect"}
+KINDS: dict[JobKind, str] = {
+    "generate": "Picture",
+    "train": "Training",
+    "tool": "Tool",
+    "effect": "Effect",
+    "compose": "Composition",
+}
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,19 @@ PAPER = Color(
     c600="#5f584e", c700="#3a3631", c800="#262320", c900="#1c1a18", c950="#131211", name="paper",
 )  # fmt: skip
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "DejaVu Sans", "sans-serif")
-SCRIPTS = ("studio.js", "rack.js", "library.js")  # in this order
+SCRIPTS = ("studio.js", "rack.js", "library.js", "compose.js", "compose_cards.js")  # in this order
+STYLES = ("studio.css", "compose.css")
 MONO = ("ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
 
 def text(name: str) -> str:
     """Read a text file of `assets/`."""
     return (files("intarsia.assets") / name).read_text(encoding="utf-8")
+
+
+def styles() -> str:
+    """Give the page's style sheets."""
+    return "".join(text(name) for name in STYLES)
 
 
 def head() -> str:

@@ -41,6 +41,7 @@ class Watch:
         reached: Step and total of every stage that counts steps.
         rate: Steps per second, 0 while unknown: the job's own metric, else counted from the progress events.
         preview: Last preview picture and its step.
+        preview_label: What it shows, where a job draws several.
         losses: `(step, loss)` in the order they came.
         ended: The final event.
     """
@@ -52,6 +53,7 @@ class Watch:
     rate: float = 0.0
     memory: float = 0.0
     preview: tuple[str, int] | None = None
+    preview_label: str = ""
     pictures: list[Artifact] = field(default_factory=list[Artifact])
     samples: list[Artifact] = field(default_factory=list[Artifact])
     adapters: list[Artifact] = field(default_factory=list[Artifact])
@@ -91,7 +93,7 @@ class Watch:
             case Progress():
                 self._progress(event, now)
             case Preview():
-                self.preview = (event.path, event.step)
+                self.preview, self.preview_label = (event.path, event.step), event.label
             case Metric():
                 self._metric(event)
             case Notice():

@@ -14,7 +14,7 @@ from intarsia.composition.layout import ComposeRequest, ConceptUse, MethodUse
 from intarsia.composition.method import CompositionMethod, check_request, methods
 from intarsia.pipelines.errors import Cancelled, InputError
 from intarsia.pipelines.events import CancelToken
-from intarsia.pipelines.options import describe
+from intarsia.pipelines.options import Options, describe
 
 Tiny = Callable[..., Path]
 METHODS = methods()
@@ -26,6 +26,10 @@ def counted(method: CompositionMethod[object]) -> int:  # type: ignore[type-var]
     return max(2, method.least) if method.most >= 2 else method.most
 
 
+def quick(name: str) -> Options:
+    return METHODS[name].options.parse(fakes.QUICK.get(name, {}))
+
+
 class BrokenError(Exception):
     """Something of ours or theirs that goes wrong in the middle."""
 
@@ -35,11 +39,12 @@ def test_the_model_is_as_before_and_the_same_request_gives_the_same_numbers(tiny
     model = fakes.tiny_model(tiny, family)
     made = fakes.composition(model, counted(METHODS[name]))
     before = fakes.state(model)
-    first = fakes.latents(made, name)
+    options = fakes.QUICK.get(name, {})
+    first = fakes.latents(made, name, **options)
     assert fakes.state(model) == before
     assert torch.isfinite(first).all()
-    assert torch.equal(first, fakes.latents(replace(made, memo={}), name))
-    assert not torch.equal(first, fakes.latents(replace(made, seed=8, memo={}), name))
+    assert torch.equal(first, fakes.latents(replace(made, memo={}), name, **options))
+    assert not torch.equal(first, fakes.latents(replace(made, seed=8, memo={}), name, **options))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,7 +54,7 @@ def test_a_stop_between_any_two_steps_leaves_the_model_as_it_was(tiny: Tiny, nam
     token = CancelToken()
     made = fakes.composition(model, counted(METHODS[name]), token=token)
     before = fakes.state(model)
-    with pytest.raises(Cancelled), prepared(made, METHODS[name], METHODS[name].options()) as drawing:
+    with pytest.raises(Cancelled), prepared(made, METHODS[name], quick(name)) as drawing:
         for moment in moments(made, drawing):
             if moment.stepped.index >= at:
                 token.cancel()
@@ -72,10 +77,10 @@ def test_an_exception_anywhere_leaves_the_model_as_it_was(
         if calls > 1:  # the first goes well: something was kept by then
             raise BrokenError
 
-    layer = model.denoiser if where == "denoiser" else [m for p, m in model.denoiser.named_modules() if "to_k" in p][-1]
+    layer = model.denoiser if where == "denoiser" else [m for p, m in model.denoiser.named_modules() if "to_q" in p][-1]
     handle = None if where == "sampler" else layer.register_forward_hook(fail)
     try:
-        with pytest.raises(BrokenError), prepared(made, METHODS[name], METHODS[name].options()) as drawing:
+        with pytest.raises(BrokenError), prepared(made, METHODS[name], quick(name)) as drawing:
             if where == "sampler":
                 monkeypatch.setattr(drawing.work.scheduler, "step", _second_time(drawing.work.scheduler.step))
             for _ in moments(made, drawing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from ....pipelines.errors import InputError
 from ....pipelines.events import Artifact, Event, Progress, Stage
 from ....pipelines.options import option
 from ..bench import Place, Summary
-from ..composed import ARMS, Arm, Kit, metered
-from ..layouts import Scene, choose, draw_scenes, outlined, pasted
+from ..composed import ARMS, Arm, Kit
+from ..layouts import ARRANGEMENTS, Scene, choose, draw_scenes, outlined, pasted
 from ..options import EvaluationOptions
 from ..presence import Finder, calibrate, measure
 
@@ -37,10 +38,10 @@ class CompositionOptions(EvaluationOptions):
     )
     arms: str = option("", label="Arms", help="What is compared, with commas. Empty: everything.", high=200)
     train_steps: int | None = option(
-        None, label="Training steps", help="Per content. Empty: 400, quick 200.", low=1, high=10_000, unit="steps"
+        None, label="Training steps", help="Per content. Empty: 1200, quick 600.", low=1, high=10_000, unit="steps"
     )
     rank: int = option(16, label="Rank", help="Of the adapters.", low=1, high=512)
-    merge_weight: float = option(1.0, label="Merge weight", help="Of every adapter in Merge.", low=-7, high=7)
+    weight: float = option(1.0, label="Weight", help="Of every adapter.", low=-7, high=7)
     steps: int = option(20, label="Steps", help="Denoising steps.", low=1, high=200, unit="steps")
     guidance: float = option(5.0, label="Guidance", help="How strictly to follow the prompt.", low=0, high=30)
     size: int | None = option(
@@ -55,6 +56,7 @@ class Plan:
 
     Args:
         contents: To be taught, with the styles each is drawn in.
+        strangers: Held out and not taught, with theirs.
         scenes: To be drawn.
         rehearsals: Scenes of other held-out contents, for the calibration.
         arms: To be compared.
@@ -63,6 +65,7 @@ class Plan:
     """
 
     contents: Mapping[str, tuple[str, ...]]
+    strangers: Mapping[str, tuple[str, ...]]
     scenes: tuple[Scene, ...]
     rehearsals: tuple[Scene, ...]
     arms: tuple[Arm, ...]
@@ -94,11 +97,12 @@ def plan(options: CompositionOptions, place: Place) -> Plan:
     shown = {content: drawn[content] for content in taught}
     return Plan(
         contents=shown,
+        strangers=others,
         scenes=draw_scenes(shown, styles, options.scenes or (2 if quick else 8), options.seed),
         rehearsals=draw_scenes(others, styles, 4 if quick else 12, options.seed),
         arms=tuple(ARMS[name] for name in names),
         seeds=tuple(options.seed + number for number in range(options.seeds or (2 if quick else 4))),
-        train_steps=options.train_steps or (200 if quick else 400),
+        train_steps=options.train_steps or (600 if quick else 1200),
     )
 
 
@@ -146,13 +150,15 @@ class Composition:
         found = plan(options, place)
         size = (options.size, options.size) if options.size else place.model.native_size
         yield Stage(name="calibrate", detail=f"{len(found.rehearsals)} scenes of real pictures")
-        bare = Kit(place, {}, options.merge_weight, options.steps, options.guidance, size)
+        bare = Kit(place, {}, options.weight, options.steps, options.guidance, size)
         finder = Finder(place.judge, _threshold(found, bare))
-        missing = [(s, a) for s in found.scenes for a in found.arms if _open(found, place, s, a)]
+        family = place.model.family
+        able = [(scene, arm) for scene in found.scenes for arm in found.arms if arm.able(scene, family)]
+        missing = [(scene, arm) for scene, arm in able if _open(found, place, scene, arm)]
         adapters: dict[str, AdapterFile] = {}
         if any(arm.taught for _, arm in missing):
             adapters = yield from _teach(options, found, place)
-        kit = Kit(place, adapters, options.merge_weight, options.steps, options.guidance, size)
+        kit = Kit(place, adapters, options.weight, options.steps, options.guidance, size)
         work = Work(found, kit, finder)
         for number, (scene, arm) in enumerate(missing):
             yield Stage(name="draw", detail=f"{arm.title}: {scene.prompt}")
@@ -162,7 +168,7 @@ class Composition:
     def summarise(self, options: CompositionOptions, place: Place) -> Summary:
         from ..composition_report import report
 
-        return report(place, options.merge_weight)
+        return report(place, options.weight)
 
 
 def _key(scene: Scene, arm: Arm, seed: int) -> str:
@@ -189,16 +195,13 @@ def _threshold(found: Plan, kit: Kit) -> float:
 
 
 def _teach(options: CompositionOptions, found: Plan, place: Place) -> Generator[Event, None, dict[str, AdapterFile]]:
-    """Train one adapter per content from its real pictures in every style, or take those of an earlier run."""
-    from ....training.scenes import named
+    """Train one adapter per content from its lessons, or take those of an earlier run."""
     from ..training import training
 
     adapters: dict[str, AdapterFile] = {}
-    side = max(place.model.native_size)
-    for content, styles in found.contents.items():
+    for content in found.contents:
         place.token.check()
-        rows = [place.pictures.of(content=content, style=style)[0] for style in styles]
-        shown = [(place.pictures.image(row, side), f"{named(content)}, {row.style} style") for row in rows]
+        shown = list(_lessons(content, found, place, random.Random(f"lessons of {content}, {options.seed}")))
         made = yield from training(
             place, "lora", content, shown, {"steps": found.train_steps, "rank": options.rank}, options.seed
         )
@@ -211,12 +214,36 @@ def _teach(options: CompositionOptions, found: Plan, place: Place) -> Generator[
     return adapters
 
 
+def _lessons(content: str, found: Plan, place: Place, rng: random.Random) -> Iterator[tuple[Image.Image, str]]:
+    """What a content is taught from: in each style its real picture, and twice beside a content that is not taught.
+
+    Alone it would be learned as a thing that fills the canvas, and no scene could hold it.
+    """
+    from ....training.scenes import named
+
+    side = max(place.model.native_size)
+
+    def real(name: str, style: str) -> Image.Image:
+        return place.pictures.image(place.pictures.of(content=name, style=style)[0], side)
+
+    for style in found.contents[content]:
+        yield real(content, style), f"{named(content)}, {style} style"
+        beside = [other for other, styles in found.strangers.items() if style in styles]
+        for other in rng.sample(beside, min(2, len(beside))):
+            members = (content, other) if rng.random() < 0.5 else (other, content)
+            scene = Scene(0, rng.choice(ARRANGEMENTS[2]), members, style)
+            pictures = [real(member, style) for member in members]
+            yield pasted(pictures, scene.boxes, (side, side), rng.randrange(2**32)), scene.prompt
+
+
 def _measure(work: Work, scene: Scene, arm: Arm) -> Iterator[Event]:
     """Draw a scene with every seed that is open, and write down what is in the pictures."""
+    from ....composition.meter import metered
+
     place, seeds = work.kit.place, _open(work.plan, work.kit.place, scene, arm)
     alone = [_singles(work, ARMS[arm.alone], scene.alone(i), seeds) for i in range(len(scene.contents))]
     place.token.check()
-    with metered(work.kit) as meter:
+    with metered(place.model) as meter:
         pictures = arm.draw(work.kit, scene, seeds)
     others = [content for content in work.plan.contents if content not in scene.contents]
     for index, (seed, picture) in enumerate(zip(seeds, pictures, strict=True)):
