@@ -36,12 +36,14 @@ class Drawing:
         masks: Where each concept acts at the moment, by name, `(height, width)` from 0 to 1 at the size of the
             latents or below; none for methods that know no places.
         facts: Figures to show, such as a loss of the last step; read after each step.
+        notices: Sentences a person should know before the picture is drawn.
     """
 
     work: Work
     hooks: tuple[StepHook, ...] = ()
     masks: Callable[[], Mapping[str, Tensor]] = dict
     facts: Callable[[], Mapping[str, float]] = dict
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,9 @@ class _Contrast:
     def before(self, step: Step) -> Tensor:
         self.done = step.index / step.total
         latents = step.latents
-        for last in self._updates(step):
-            latents = self._update(latents, self.work.timesteps[step.index], last)
+        count = updates(self.options, step.index, step.total)
+        for number in range(count):
+            latents = self._update(latents, self.work.timesteps[step.index], number == count - 1)
         return latents
 
     def after(self, step: Step) -> Tensor:
@@ -115,15 +116,6 @@ class _Contrast:
             masks = torch.ones_like(masks)
         self.masks = dict(zip(self.names, masks[1:], strict=True))
         return self.views.fan.guide(None if without is None else fused(without, masks), fused(within, masks))
-
-    def _updates(self, step: Step) -> list[bool]:
-        """The updates of a step; True is the last one."""
-        chosen, count = self.options, 0
-        if self.done < chosen.until and chosen.step_size:
-            count = 1
-            if chosen.every and step.index in _marks(chosen.every, step.total):
-                count += round(chosen.iterations * step.total / REFERENCE)
-        return [number == count - 1 for number in range(count)]
 
     def _update(self, latents: Tensor, timestep: Tensor, last: bool) -> Tensor:
         from ..contrast import loss_of
@@ -155,9 +147,31 @@ class _Contrast:
         return territories(own, self.options.threshold, self.options.change)
 
 
-def _marks(every: float, total: int) -> set[int]:
-    """Steps with extra updates: the first, and the first behind each part."""
-    return {int(part * every * total + 1e-9) for part in range(int(1 / every) + 1)}
+def updates(options: CloraOptions, index: int, total: int) -> int:
+    """How many updates a step begins with."""
+    if index / total >= options.until or not options.step_size:
+        return 0
+    every = options.every * total
+    marked = every > 0 and index in {int(part * every + 1e-9) for part in range(int(total / every) + 1)}
+    return 1 + (round(options.iterations * total / REFERENCE) if marked else 0)
+
+
+def branches(composition: Composition) -> tuple[list[str], list[list[str]]]:
+    """The prompt of each branch, the plain one's first, and the words of each concept in each of them.
+
+    Raises:
+        InputError: The prompt lacks a concept's words.
+    """
+    from ..tokens import with_trigger
+
+    concepts = composition.concepts
+    told = [with_trigger(composition.prompt, one.phrase, one.attachment.adapter.trigger) for one in concepts]
+    prompts = [composition.prompt, *(prompt for prompt, _ in told)]
+    words = [
+        [own if branch == number else concept.phrase for branch in range(len(prompts))]
+        for number, (concept, (_, own)) in enumerate(zip(concepts, told, strict=True), start=1)
+    ]
+    return prompts, words
 
 
 @contextmanager
@@ -166,17 +180,10 @@ def _attach(composition: Composition, options: CloraOptions) -> Generator[Drawin
     from ...pipelines.step_ranges import StepRanges
     from ..composition import Fan
     from ..gradients import Views, glancing, level
-    from ..tokens import positions, with_trigger
+    from ..tokens import positions
 
-    denoiser, styles, concepts = composition.model.denoiser, composition.style_names, composition.concepts
-    told = [
-        with_trigger(composition.prompt, concept.phrase, concept.attachment.adapter.trigger) for concept in concepts
-    ]
-    prompts = [composition.prompt, *(prompt for prompt, _ in told)]
-    phrases = [
-        [own if branch == number else concept.phrase for branch in range(len(prompts))]
-        for number, (concept, (_, own)) in enumerate(zip(concepts, told, strict=True), start=1)
-    ]
+    denoiser, styles = composition.model.denoiser, composition.style_names
+    prompts, words = branches(composition)
     rows = [styles, *((name, *styles) for name in composition.names)]
     with attached(composition.model.components, composition.attachments) as hung:
         works = composition.begin(
@@ -184,7 +191,7 @@ def _attach(composition: Composition, options: CloraOptions) -> Generator[Drawin
         )
         places = [
             [positions(composition.model, *pair, articles=False) for pair in zip(prompts, said, strict=True)]
-            for said in phrases
+            for said in words
         ]
         grid = level(composition, options.cell)
         with glancing(denoiser, grid) as glance:

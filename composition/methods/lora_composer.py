@@ -172,7 +172,12 @@ def _said(concept: Concept) -> tuple[str, str]:
     return with_trigger(prompt, phrase, concept.attachment.adapter.trigger)
 
 
-def _plots(composition: Composition, hung: Branches) -> tuple[Work, list[Plot]]:
+def begun(composition: Composition, hung: Branches) -> tuple[Work, list[Plot]]:
+    """Read the prompts: the base without any concept, and each concept's own with its adapter.
+
+    Raises:
+        InputError: A concept's own prompt is longer than the encoder reads.
+    """
     from ..composer_attention import Plot
     from ..composition import network_of
     from ..tokens import positions
@@ -202,7 +207,7 @@ def _attach(composition: Composition, options: ComposerOptions) -> Generator[Dra
 
     denoiser = composition.model.denoiser
     with attached(composition.model.components, composition.attachments) as hung:
-        work, plots = _plots(composition, hung)
+        work, plots = begun(composition, hung)
         grid = level(composition, options.cell)
         parts = Parts(options.regions, options.isolation, options.deltas)
         glance = Glance(grid[0] * grid[1], on=False)

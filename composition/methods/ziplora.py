@@ -2,7 +2,7 @@
 
 A layer changes by m_c * dW_c + m_s * dW_s, column by column; the coefficients begin at 1 and learn on the model at hand
 to keep what each adapter predicts alone: |e(both, content prompt) - e(content)|^2 + the same of the style + lambda
-|m_c m_s| (arXiv:2311.13600, section 4.2, eq. 3 to 5). Deviations: nobody has the training pictures here, so the noisy
+|m_c m_s| (arXiv:2311.13600). Deviations: nobody has the training pictures here, so the noisy
 inputs are the latents on the way along which each adapter draws its own prompt; means stand in place of sums, as in the
 known code; inputs of convolutions have coefficients too. Layers that one adapter alone changes, and text encoders, keep
 the coefficient 1. `export` writes the result as one ordinary LoRA file: scaling columns of dW is scaling columns of A.

@@ -88,7 +88,7 @@ def test_a_batch_with_an_adapter_per_sample_equals_one_after_another(kinds: tupl
                 hung.activate(names)
                 alone = model(x[at : at + 1], picture[at : at + 1])
                 for part, whole in zip(alone, got, strict=True):
-                    assert torch.allclose(part[0], whole[at], atol=1e-9), (half, names)
+                    assert torch.allclose(part[0], whole[at], atol=1e-5), (half, names)  # dense changes are float32
 
 
 def test_weights_and_muted_adapters_count_in_every_sample() -> None:
@@ -135,7 +135,7 @@ def test_a_gain_multiplies_what_an_adapter_adds_at_each_place(kinds: tuple[str, 
                 parts.append(layer(inputs))
             plain, first, second = parts
             place = gains(path, plain)["a0"]
-            assert torch.allclose(got, plain + place * (first - plain) + 0.5 * (second - plain), atol=1e-9), path
+            assert torch.allclose(got, plain + place * (first - plain) + 0.5 * (second - plain), atol=1e-5), path
     assert "unet.linear" in seen and "unet.conv" in seen
 
 
@@ -151,7 +151,7 @@ def test_parts_put_together_by_their_sum_are_the_sum(kinds: tuple[str, ...]) -> 
     with torch.no_grad(), attached({"unet": model}, attachments) as hung:
         everywhere = model(x, picture)
         hung.combine(fuse)
-        assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(model(x, picture), everywhere, strict=True))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(model(x, picture), everywhere, strict=True))
         hung.combine(lambda path, output, parts: output)
         nothing = model(x, picture)
         hung.activate(())

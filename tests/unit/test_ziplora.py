@@ -90,7 +90,7 @@ def _dense_loss(
                 continue
             assert isinstance(layer, LowRank)
             name = f"{path.removeprefix(prefix)}.weight"
-            before = weights.get(name, made.model.denoiser.get_parameter(name).detach())
+            before = weights[name] if name in weights else made.model.denoiser.get_parameter(name).detach()
             delta = (layer.up.flatten(1) @ layer.down.flatten(1)).view(before.shape) * layer.scale
             m = coefficients[path][side].view(1, -1, *[1] * (before.ndim - 2))
             weights[name] = before + attachment.weight * attachment.factor(path) * delta * m
