@@ -615,6 +615,13 @@
     take();
   }
 
+  /* What is brought back from below appears on the canvas: go there. */
+  document.addEventListener("click", (event) => {
+    if (!event.target.closest?.('#compose-history [data-act="recall"]')) return;
+    const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    document.querySelector("#tabs").scrollIntoView({ behavior: calm ? "auto" : "smooth" });
+  });
+
   /* A file to keep: its text, or where it lies. */
   function download(props, watch) {
     watch("value", () => {

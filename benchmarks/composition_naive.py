@@ -7,7 +7,8 @@ every layer, whole passes, and weights that want gradients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,9 +24,20 @@ from intarsia.composition.methods.lora_composer import ComposerOptions, begun
 from intarsia.composition.tokens import positions
 from intarsia.pipelines import schedule
 from intarsia.pipelines.attach import Branches, attached
-from torch import Tensor
+from intarsia.pipelines.denoise import Work
+from torch import Tensor, nn
 
 Branch = tuple[Tensor, Tensor, Tensor]  # unconditional and conditional prediction, and the map
+
+
+@contextmanager
+def wanting(denoiser: nn.Module) -> Generator[None]:
+    """Weights as other libraries load them: they want gradients, so that a graph keeps every layer's input."""
+    try:
+        denoiser.requires_grad_(True)
+        yield
+    finally:
+        denoiser.requires_grad_(False)
 
 
 class Explicit:
@@ -34,7 +46,13 @@ class Explicit:
     def __init__(self, maps: dict[str, Tensor], path: str) -> None:
         self._maps, self._path = maps, path
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:  # noqa: ANN401
+    def __call__(
+        self,
+        attn: Any,  # noqa: ANN401
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
         q = queries_of(attn, hidden_states)
         k, v = keys_values(attn, hidden_states if encoder_hidden_states is None else encoder_hidden_states)
         shares = probabilities(q, k)
@@ -61,6 +79,7 @@ def clora(composition: Composition, options: CloraOptions) -> Tensor:
     with (
         attached(composition.model.components, composition.attachments) as hung,
         processors(denoiser, {path: Explicit(maps, path) for path in layers(denoiser)}),
+        wanting(denoiser),
         torch.enable_grad(),
     ):
         works = composition.begin(
@@ -101,7 +120,7 @@ def clora(composition: Composition, options: CloraOptions) -> Tensor:
     return latents
 
 
-def _stepped(composition: Composition, work: Any, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:  # noqa: ANN401
+def _stepped(composition: Composition, work: Work, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
     composition.token.check()
     noise = schedule.random_arguments(work.scheduler, work.generator)
     return work.scheduler.step(prediction, timestep, latents, **noise, return_dict=False)[0]
@@ -140,7 +159,12 @@ class Forgetful(Estate):
         return outcome(attn, shares.to(v) @ v)
 
     def attention(self, path: str) -> Callable[..., Tensor]:
-        def run(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None) -> Tensor:  # noqa: ANN401
+        def run(
+            attn: Any,  # noqa: ANN401
+            hidden_states: Tensor,
+            encoder_hidden_states: Tensor | None = None,
+            **_: object,
+        ) -> Tensor:
             if encoder_hidden_states is None:
                 return self.own(attn, path, hidden_states)
             return self.cross(attn, path, hidden_states, encoder_hidden_states)
@@ -159,7 +183,8 @@ def lora_composer(composition: Composition, options: ComposerOptions) -> Tensor:
     with attached(composition.model.components, composition.attachments) as hung:
         work, plots = begun(composition, hung)
         estate = _estate(composition, hung, plots, options)
-        with processors(denoiser, {path: estate.attention(path) for path in layers(denoiser)}):
+        chosen = {path: estate.attention(path) for path in layers(denoiser)}
+        with processors(denoiser, chosen), wanting(denoiser):
             latents, last, going = work.latents, float("inf"), True
             count = len(work.timesteps)
             for index, timestep in enumerate(work.timesteps):
@@ -192,7 +217,7 @@ def _words(estate: Forgetful, grid: tuple[int, int]) -> list[Tensor]:
     return [maps[:, list(plot.words)].T.unflatten(1, grid) for maps, plot in zip(cross, estate.plots, strict=True)]
 
 
-def _restarted(estate: Forgetful, plots: Sequence[Plot], grid: tuple[int, int], work: Any, latents: Tensor) -> Tensor:  # noqa: ANN401
+def _restarted(estate: Forgetful, plots: Sequence[Plot], grid: tuple[int, int], work: Work, latents: Tensor) -> Tensor:
     with torch.no_grad():
         network_of(work).conditional(latents, work.timesteps[0])
     order = sorted(range(len(plots)), key=lambda at: plots[at].concept.order)
@@ -204,9 +229,9 @@ def _loss(
     estate: Forgetful,
     grid: tuple[int, int],
     options: ComposerOptions,
-    work: Any,
+    work: Work,
     leaf: Tensor,
-    timestep: Tensor,  # noqa: ANN401
+    timestep: Tensor,
 ) -> tuple[float, Tensor]:
     with torch.enable_grad():
         network_of(work).conditional(leaf, timestep)

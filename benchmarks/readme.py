@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from intarsia.app.evaluation.bench import benches
+from intarsia.composition.method import methods
 
 from .report import RESULTS, load
 
 ROOT = Path(__file__).parents[1]
-LONGEST = 12  # rows of a table of an evaluation; longer ones are on its own page
+LONGEST = 24  # rows of a table of an evaluation; longer ones are on its own page
 FOLDERS = ("app", "pipelines", "composition", "training", "kernels", "assets", "benchmarks", "tests")
 OTHERS = (
     ("Makefile", "the commands: studio, test, check, mini, benchmarks"),
@@ -82,6 +83,48 @@ def adapters() -> str:
     return "\n".join(lines)
 
 
+def ways() -> str:
+    """List every way to compose, from its own file."""
+    lines = ["| method | what it does | needs | works on | from |", "| --- | --- | --- | --- | --- |"]
+    for method in methods().values():
+        needs = ", ".join(sorted(method.needs)) or "nothing"
+        lines.append(
+            f"| {method.name} | {method.help} | {needs} | {', '.join(method.families)} | {method.paper or 'ours'} |"
+        )
+    return "\n".join(lines)
+
+
+def composition() -> str:
+    """Show what each way to compose costs for N concepts, as multiples of one picture with one adapter."""
+    from .composition import COUNTS, GRADIENTS, curves, ratios
+
+    parts: list[str] = []
+    for path in sorted((RESULTS / "composition").glob("composition_*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found, machine, settings = ratios(content), content["machine"], content["settings"]
+        names = list(dict.fromkeys(key.split()[0] for key in found))
+        chart = path.with_suffix(".svg")
+        chart.write_text(curves(found), "utf-8")
+        parts.append(f"![Seconds by number of concepts]({chart.relative_to(ROOT).as_posix()})")
+        lines = ["| method | " + " | ".join(f"N = {count}" for count in COUNTS) + " |", "| --- " * 5 + "|"]
+        for name in names:
+            cells = [_cell(found.get(f"{name} {count}")) for count in COUNTS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+        parts.append(
+            "Seconds (in brackets the denoiser's operations) as multiples of one picture with one adapter. "
+            f"{settings['shape']} at {settings['width']:g} of its width, {settings['size']} pixels, "
+            f"{settings['steps']} steps; {machine['threads']} thread of {machine['processor']} ({machine['device']}), "
+            f"torch {machine['versions']['torch']}. `python -m benchmarks.composition`; methods with gradients: "
+            f"`python -m {GRADIENTS}`."
+        )
+    return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.composition`."
+
+
+def _cell(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['seconds']:.2f} ({found['operations']:.2f})"
+
+
 def flags(header: dict[str, Any]) -> str:
     """The flags that were not left at their defaults, as they are typed."""
     own = benches()[header["bench"]].options().model_dump(mode="json")
@@ -128,6 +171,8 @@ def main() -> None:
     for part, content in (
         ("adapters", adapters()),
         ("benchmarks", table()),
+        ("methods", ways()),
+        ("composition", composition()),
         ("evaluations", evaluations()),
         ("files", files()),
     ):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..pipelines import schedule
 from ..pipelines.attach import Attachment, Branches
 from ..pipelines.boxes import Box
 from ..pipelines.denoise import Work
+from ..pipelines.errors import MemoryLimitError
 from ..pipelines.events import CancelToken
 from ..pipelines.models import Model
 from ..pipelines.modular import Prompt
@@ -164,15 +166,18 @@ class Fan:
         """Predict without and with the prompts, `(branches, ...)` each; the first is None without guidance."""
         found: list[tuple[Tensor | None, Tensor]] = []
         for chunk, network in self._chunks(which):
-            found.append(network.halves(_repeated(latents, len(chunk)), timestep))
+            with _enough_memory(len(chunk)):
+                found.append(network.halves(_repeated(latents, len(chunk)), timestep))
         without = [half for half, _ in found if half is not None]
         return torch.cat(without) if without else None, torch.cat([half for _, half in found])
 
     def conditional(self, latents: Tensor, timestep: Tensor, which: Sequence[int] | None = None) -> Tensor:
         """Predict with the prompts alone, `(branches, ...)`; may be differentiated."""
-        return torch.cat(
-            [net.conditional(_repeated(latents, len(chunk)), timestep) for chunk, net in self._chunks(which)]
-        )
+        found: list[Tensor] = []
+        for chunk, network in self._chunks(which):
+            with _enough_memory(len(chunk)):
+                found.append(network.conditional(_repeated(latents, len(chunk)), timestep))
+        return torch.cat(found)
 
     def guide(self, unconditional: Tensor | None, conditional: Tensor) -> Tensor:
         """Put two halves together."""
@@ -192,6 +197,25 @@ class Fan:
         return self._joined[chunk]
 
 
+@contextmanager
+def _enough_memory(count: int) -> Generator[None]:
+    """Say what would fit where a batch of predictions does not.
+
+    Raises:
+        MemoryLimitError: With half as many as the way out.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        if count > 1:
+            way = f"Set At once to {count // 2}: they are made in turns then."
+        else:
+            way = "Lower the size, or choose a method with one prediction per step, such as Region or Merge."
+        raise MemoryLimitError(f"There is no room for {count} predictions at once.", way) from None
+
+
 def network_of(work: Work) -> Network:
     """The plain network of a work just begun."""
     assert isinstance(work.network, Network)
@@ -206,6 +230,3 @@ def shares(weights: Sequence[float]) -> list[float]:
     """Weights as parts of their sum; equal parts where that is zero."""
     total = sum(weights)
     return [weight / total for weight in weights] if total else [1 / len(weights)] * len(weights)
-
-
-Masks = Mapping[str, Tensor]

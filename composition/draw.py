@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..pipelines.denoise import Stepped, denoise
+from ..pipelines.errors import InputError
 from ..pipelines.learned_words import taught
 from .composition import Composition
 from .method import CompositionMethod, Drawing, O
@@ -39,6 +40,12 @@ def prepared(composition: Composition, method: CompositionMethod[O], options: O)
         IntarsiaError: An adapter does not fit, or the method cannot draw this.
         Cancelled: A stop was asked for.
     """
+    quantizer: Any = getattr(composition.model.denoiser, "hf_quantizer", None)
+    if "gradients" in method.needs and quantizer is not None and not quantizer.is_trainable:
+        raise InputError(
+            f"{method.title} needs gradients, and this model's packed weights give none.",
+            "Load the model unpacked, or choose a method without gradients, such as Region.",
+        )
     with taught(composition.model.components, composition.attachments):
         try:
             with method.attach(composition, options) as drawing:

@@ -1,7 +1,7 @@
-"""Gradients of attention maps with respect to the latents, at the least cost: as far as the last map, no weights.
+"""Gradients of attention maps with respect to the latents, at the least cost.
 
 A pass ends when the last wanted map is made; what lies behind (the finest, dearest levels of a UNet) is not run. The
-graph holds the conditional half alone, and no weight's gradient: layers then keep none of their inputs.
+graph holds the conditional half alone; weights want no gradients (they are loaded so), so layers keep no inputs.
 """
 
 from __future__ import annotations
@@ -108,19 +108,6 @@ def level(composition: Composition, cell: Literal["auto", "32", "16"]) -> tuple[
     return height, width
 
 
-@contextmanager
-def frozen(module: nn.Module) -> Generator[None]:
-    """Keep weights out of the graphs made within; their flags come back."""
-    held = [weight for weight in module.parameters() if weight.requires_grad]
-    try:
-        for weight in held:
-            weight.requires_grad_(False)
-        yield
-    finally:
-        for weight in held:
-            weight.requires_grad_(True)
-
-
 def pulled_back(maps: Sequence[Tensor], wanted: Sequence[Tensor], latents: Tensor) -> Tensor:
     """Carry derivatives by the maps back to the latents.
 
@@ -156,14 +143,12 @@ class Views:
     Args:
         fan: The branches.
         glance: The maps that hang on the denoiser.
-        denoiser: The same one.
         together: Most branches in one pass.
         check: Called before every pass; may raise to stop.
     """
 
     fan: Fan
     glance: Glance
-    denoiser: nn.Module
     together: int
     check: Callable[[], None]
 
@@ -195,7 +180,7 @@ class Views:
         """
         total = torch.zeros_like(latents)
         leaf = latents.detach().requires_grad_(True)
-        with torch.enable_grad(), frozen(self.denoiser):
+        with torch.enable_grad():
             for chunk, maps in self._maps(leaf, timestep, 1):
                 total += pulled_back([maps], [derivatives[list(chunk)]], leaf)
         return total
@@ -205,7 +190,7 @@ class Views:
     ) -> tuple[Tensor, Tensor]:
         """The loss of the maps and its gradient by one graph over all branches: one pass less, and their memory."""
         leaf = latents.detach().requires_grad_(True)
-        with torch.enable_grad(), frozen(self.denoiser):
+        with torch.enable_grad():
             maps = torch.cat([maps for _, maps in self._maps(leaf, timestep, self.together)])
             value, derivatives = derived([maps], loss)
             return value, pulled_back([maps], derivatives, leaf)

@@ -122,7 +122,7 @@ def state(model: Model) -> dict[str, str]:
             digest = hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
             found[f"{name}.{path}"] = f"{digest} {tensor.requires_grad} {tensor.grad is None} {tensor.dtype}"
         for path, module in root.named_modules():
-            hooks = [len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks)]
+            hooks = [len(vars(module)[f"_{kind}_hooks"]) for kind in ("forward", "forward_pre", "backward")]
             own = "forward" in vars(module)
             found[f"{name}.{path}:"] = (
                 f"{hooks} {own} {id(getattr(module, 'processor', None))} {module.training} {type(module).__name__} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from pathlib import Path
 
 from ...composition.layout import ComposeRequest
@@ -13,7 +14,7 @@ from .compose_panels import spectrum_html
 from .compose_sheet import Plan, Sheet, Shot, sheet_json, sheet_table
 from .compose_view import Shown, key, plan_of
 from .desk import Desk
-from .pieces import MOTIF, clock, esc, facts
+from .pieces import MOTIF, esc, facts
 from .theme import styles
 
 MAP = 200  # units of the little map's width
@@ -65,7 +66,7 @@ def sheet_page(request: ComposeRequest, sheet: Sheet, plan: Plan, job: Job) -> s
             ("Scheduler", request.scheduler.replace("_", " ")),
             ("Negative prompt", request.negative),
             ("Styles", ", ".join(f"{Path(use.adapter).stem} {use.weight:g}" for use in request.styles)),
-            ("Drawn", clock(job.created)),
+            ("Drawn", time.strftime("%d %b %Y, %H:%M", time.localtime(job.created))),
             ("Options", _options(request)),
         )
     )

@@ -148,7 +148,8 @@ def sheet_table(sheet: Sheet, plan: Plan, picture: Callable[[int, Shot], str]) -
     foot = f'<tfoot><tr><th scope="row">mean</th>{means}</tr></tfoot>' if len(plan.seeds) > 1 else ""
     return (
         '<div class="sheet-scroll" tabindex="0" role="region" aria-label="Comparison of methods by seed">'
-        f'<table class="sheet-table" style="--columns:{len(plan.methods)}"><thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>{foot}</table></div>'
+        f'<table class="sheet-table" style="--columns:{len(plan.methods)}">'
+        f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>{foot}</table></div>"
     )
 
 

@@ -11,7 +11,7 @@ import gradio as gr
 from ...pipelines.errors import InputError
 from ...pipelines.events import Failed, Interrupted
 from ..studio import JobKind, Studio
-from . import compose_value, rack, tab_compose, tab_generate, tab_library, tab_runs, tab_train
+from . import compose_form, compose_value, rack, tab_compose, tab_generate, tab_library, tab_runs, tab_train
 from .desk import CALM, Desk, Seen, shown, toast, uploaded
 from .pieces import MOTIF, esc
 from .watch import Watcher
@@ -59,7 +59,7 @@ class Tabs:
     """The five tabs."""
 
     generate: tab_generate.GenerateTab
-    compose: tab_compose.ComposeTab
+    compose: compose_form.ComposeTab
     library: tab_library.LibraryTab
     train: tab_train.TrainTab
     runs: tab_runs.RunsTab
@@ -115,7 +115,7 @@ def _connect_drop(desk: Desk, tabs: Tabs, drop: gr.HTML, seen: gr.State) -> None
         files = [_received(file) for file in event.files]
         composed: list[Any] = [gr.skip() for _ in compose.filled]
         if any(compose_value.is_layout(name) for name, _ in files):
-            composed = tab_compose.open_layout(desk, compose, files)
+            composed = compose_form.open_layout(desk, compose, files)
             files = []
         pictures, others = _sorted(files, training=event.tab == "Train")
         filled: list[Any] = [gr.skip() for _ in generate.filled]
@@ -131,7 +131,7 @@ def _connect_drop(desk: Desk, tabs: Tabs, drop: gr.HTML, seen: gr.State) -> None
         if pictures and event.tab == "Train":
             sheet = tab_train.take_in(desk, pictures, sheet)
         elif pictures and event.tab == "Compose":
-            composed = tab_compose.restore(desk, compose, pictures[0][0], uploaded(pictures[0][1]))
+            composed = compose_form.restore(desk, compose, pictures[0][0], uploaded(pictures[0][1]))
         elif pictures:
             filled = tab_generate.restore(desk, generate, uploaded(pictures[0][1]))
         return [sheet, *library, *filled, *composed]

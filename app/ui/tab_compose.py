@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,13 +10,14 @@ import gradio as gr
 from gradio.blocks import Block
 from gradio.components import Component
 
-from ...composition.layout import ComposeRequest, parse_layout, write_layout
+from ...composition.layout import ComposeRequest, write_layout
 from ...pipelines.errors import InputError, IntarsiaError
 from ..studio import Query
 from . import compose_value, rack
 from .compose_export import export_html, export_json
+from .compose_form import ComposeTab, fill, open_layout, request_of
 from .compose_view import behind_html, caption, history_html, sheet_html, shown_now, under_html
-from .desk import CALM, Desk, Seen, shown, uploaded
+from .desk import CALM, Desk, Seen, shown
 from .forms import Form, FormBuilder, simple_form
 from .pieces import esc, file_url
 from .tab_generate import model_chooser
@@ -30,45 +30,6 @@ OFFERED = 24  # rows of the tab's own list of the library
 FIRST_METHOD = "region"
 COMPARED = ("merge", "region")  # methods ticked at first
 FAMILY_SIDE = 512  # pixels; shape of the canvas while the model is not known
-
-
-@dataclass(frozen=True)
-class ComposeTab:
-    """The parts of the tab that others read or fill."""
-
-    form: Form
-    board: gr.HTML
-    styles: gr.HTML
-    seeds: gr.Textbox
-    method: gr.Dropdown
-    methods: Mapping[str, Form]
-    compared: gr.CheckboxGroup
-    message: gr.HTML
-    frame: gr.HTML
-    under: gr.HTML
-    caption: gr.HTML
-    sheet: gr.HTML
-    behind: gr.HTML
-    history: gr.HTML
-    offers: gr.HTML
-    file: gr.HTML
-    stop: gr.Button
-
-    @property
-    def live(self) -> list[Component]:
-        """What the page's clock keeps up to date."""
-        return [self.under, self.caption, self.sheet, self.behind, self.history, self.stop]
-
-    @property
-    def asked(self) -> list[Component]:
-        """What a request is read from."""
-        forms = [component for form in self.methods.values() for component in form.components]
-        return [*self.form.components, self.board, self.styles, self.seeds, self.method, self.compared, *forms]
-
-    @property
-    def filled(self) -> list[Component]:
-        """What bringing a layout back fills."""
-        return [*self.asked, self.message]
 
 
 def build(desk: Desk, seen: gr.State) -> ComposeTab:
@@ -206,24 +167,6 @@ def _file() -> gr.HTML:
     )
 
 
-def request_of(desk: Desk, tab: ComposeTab, values: Mapping[Component, Any], names: list[str]) -> ComposeRequest:
-    """Read the whole tab as a request for these methods.
-
-    Raises:
-        InputError: A field, a concept or a mask cannot be used.
-    """
-    methods = [{"method": name, "options": tab.methods[name].read(values)} for name in names]
-    return ComposeRequest.parse(
-        {
-            **tab.form.read(values),
-            "concepts": compose_value.concepts_of(desk, values[tab.board]),
-            "styles": rack.requested(values[tab.styles]),
-            "seeds": compose_value.read_seeds(str(values[tab.seeds] or "")),
-            "methods": methods,
-        }
-    )
-
-
 def _connect(desk: Desk, tab: ComposeTab, seen: gr.State, go: gr.Button, compare: gr.Button) -> None:
     inputs: set[Block] = {*tab.asked, seen}
 
@@ -336,46 +279,6 @@ def _shape(desk: Desk, model: str, width: str, height: str) -> dict[str, int]:
         own = FAMILY_SIDE, FAMILY_SIDE  # a half-typed name: submitting it says what is wrong
     given = [int(text) if str(text or "").strip().isdigit() else 0 for text in (width, height)]
     return {"width": given[0] or own[0], "height": given[1] or own[1]}
-
-
-def open_layout(desk: Desk, tab: ComposeTab, files: list[tuple[str, str]]) -> list[Any]:
-    """Open an uploaded layout; gives values for `tab.filled`."""
-    request, notes = compose_value.opened(desk, [(name, uploaded(path)) for name, path in files])
-    return fill(desk, tab, request, notes, "Layout opened")
-
-
-def restore(desk: Desk, tab: ComposeTab, name: str, path: Path) -> list[Any]:
-    """Read the layout in a composed picture; gives values for `tab.filled`.
-
-    Raises:
-        InputError: It was not composed.
-    """
-    found = desk.studio.restore(path)
-    if found.composition is None:
-        raise InputError(f"{name} was not composed: it holds no layout.", "Drop it on the Generate tab.")
-    request, lost = compose_value.with_own_masks(desk, parse_layout(found.composition), {})
-    return fill(desk, tab, request, [*found.notes, *lost])
-
-
-def fill(
-    desk: Desk, tab: ComposeTab, request: ComposeRequest, notes: list[str], title: str = "Layout restored"
-) -> list[Any]:
-    """Show a request in the whole tab, and say what of it could not be found."""
-    board, lost = compose_value.board_of(desk, request)
-    styles, missing = rack.restored(desk, request.styles)
-    used = {use.method: use.options for use in request.methods}
-    unknown = [f"There is no method {name} any more." for name in used if name not in tab.methods]
-    names = [name for name in used if name in tab.methods]
-    forms: list[Any] = []
-    for name, form in tab.methods.items():
-        forms += form.show(form.options.model_validate(used.get(name, {})))
-    lines = [*notes, *lost, *unknown, *(f"The adapter {name} is not in the library." for name in missing)]
-    said = "".join(f"<li>{esc(line)}</li>" for line in lines)
-    told = f'<div class="told"><b>{title}{", except:" if lines else "."}</b>{f"<ul>{said}</ul>" if said else ""}</div>'
-    compared = names if len(names) > 1 else gr.skip()
-    chosen = names[0] if names else gr.skip()
-    seeds = compose_value.written_seeds(request.seeds)
-    return [*tab.form.show(request), board, styles, seeds, chosen, compared, *forms, told]
 
 
 def cast_offers(desk: Desk, seen: Seen) -> rack.Value:

@@ -182,7 +182,7 @@ def _attach(composition: Composition, options: CloraOptions) -> Generator[Drawin
     from ..gradients import Views, glancing, level
     from ..tokens import positions
 
-    denoiser, styles = composition.model.denoiser, composition.style_names
+    styles = composition.style_names
     prompts, words = branches(composition)
     rows = [styles, *((name, *styles) for name in composition.names)]
     with attached(composition.model.components, composition.attachments) as hung:
@@ -194,10 +194,10 @@ def _attach(composition: Composition, options: CloraOptions) -> Generator[Drawin
             for said in words
         ]
         grid = level(composition, options.cell)
-        with glancing(denoiser, grid) as glance:
+        with glancing(composition.model.denoiser, grid) as glance:
             fan = Fan(hung, works, rows, composition.together)
             together = composition.together or len(rows)
-            views = Views(fan, glance, denoiser, together, composition.token.check)
+            views = Views(fan, glance, together, composition.token.check)
             contrast = _Contrast(views, works[0], options, composition.names, places, grid)
             yield Drawing(
                 replace(works[0], network=contrast.network),

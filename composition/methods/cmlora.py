@@ -61,7 +61,7 @@ class CmloraOptions(Options):
         0, label="Interval", help="Steps of a turn; 0: 2, 3 and 2, as in the paper; 1: nothing is kept.", low=0, high=50
     )
     renew: Literal["dominant", "all"] = option(
-        "dominant", label="Renewed", help="Whose middle runs where a turn begins: the dominant one's, or everybody's."
+        "dominant", label="Renewed", help="Whose middle runs where a turn begins; all is slower and more exact."
     )
     emphasis: float | None = option(
         None, label="Emphasis", help="How heavy the dominant one is at first. Empty: concepts less 1/2.", low=1, high=20

@@ -126,12 +126,12 @@ class _Guidance:
         import torch
 
         from ..composer_losses import total
-        from ..gradients import derived, frozen, pulled_back
+        from ..gradients import derived, pulled_back
 
         weights = self.options.enhance, self.options.fill, self.options.keep
         places = list(self.estate.cells(self.grid[0] * self.grid[1]).unflatten(1, self.grid))
         leaf = latents.detach().requires_grad_(True)
-        with torch.enable_grad(), frozen(self.composition.model.denoiser), self._looking():
+        with torch.enable_grad(), self._looking():
             cross, own = self._maps(leaf, timestep)
             loss, wanted = derived([*cross, own], lambda maps: total(maps[:-1], maps[-1], places, weights))
             return float(loss), pulled_back([*cross, own], wanted, leaf)

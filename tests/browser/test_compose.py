@@ -243,6 +243,7 @@ def test_an_earlier_composition_comes_back_with_its_layout(compose: Page) -> Non
     page.locator("#compose-history .tile").last.click()
     expect(page.locator(".box")).to_have_count(3)
     expect(page.locator("#compose-message")).to_contain_text("Layout restored")
+    expect(page.locator(".board-canvas")).to_be_in_viewport(ratio=0.9)
     expect(page.locator("#compose-seeds :is(input, textarea)")).to_have_value("3, 5")
     expect(page.get_by_label("Merge", exact=True)).to_be_checked()
     expect(page.get_by_label("Exact weight of heart-blue")).to_have_count(0)

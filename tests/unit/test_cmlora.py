@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import composition_fakes as fakes
+import numpy as np
 import pytest
 import torch
 from intarsia.composition import frequency, spectra
 from intarsia.composition.composition import Composition
-from intarsia.composition.draw import moments, prepared
+from intarsia.composition.draw import moments, prepared, render
 from intarsia.composition.layout import ComposeRequest, ConceptUse, MethodUse
 from intarsia.composition.method import check_request, methods
 from intarsia.composition.methods.cmlora import CmloraOptions, Cycle, emphasis, parts, refreshes
 from intarsia.composition.middle import Middle
-from intarsia.pipelines.attach import attached
+from intarsia.pipelines.attach import Attachment, attached
 from intarsia.pipelines.errors import InputError
 from torch import Tensor, nn
 
@@ -130,6 +131,20 @@ def test_interval_1_and_equal_weights_equal_composite(tiny: Tiny, family: str, c
     torch.testing.assert_close(found, fakes.latents(composition, "composite"), atol=1e-5, rtol=1e-5)
     heavier = fakes.latents(composition, "cmlora", interval=1, emphasis=3, decay=False, order="given")
     assert (found - heavier).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["sd15", "flux1"])
+def test_styles_and_ranges_of_steps_act_as_in_composite(tiny: Tiny, family: str) -> None:
+    composition = made(tiny, family, 2)
+    style = Attachment("style", fakes.random_adapter(composition.model, 9), 0.5, steps=(0.0, 0.5))
+    first, second = composition.concepts
+    late = replace(first, attachment=replace(first.attachment, steps=(0.5, 1.0)))
+    styled = replace(composition, concepts=(late, second), styles=(style,))
+    options: dict[str, Any] = {"interval": 1, "emphasis": 1, "order": "given"}
+    found = fakes.latents(styled, "cmlora", **options)
+    torch.testing.assert_close(found, fakes.latents(styled, "composite"), atol=1e-5, rtol=1e-5)
+    for without in (replace(styled, styles=()), replace(styled, concepts=composition.concepts)):
+        assert (found - fakes.latents(without, "cmlora", **options)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", ALL)
@@ -285,15 +300,10 @@ def test_the_spectrum_for_the_page_is_plain_and_that_of_each_picture(tiny: Tiny,
     assert told.keys() == {"names", "edges", "profiles", "scores", "cut"}
     assert told["names"] == ["apple", "cat"] and told["cut"] == frequency.CUT
     assert {len(values) for values in told["profiles"]} == {len(told["edges"]) - 1}
-    from intarsia.composition.draw import render
-    from intarsia.pipelines.attach import Attachment
-
     alone = replace(
         composition.concepts[1], attachment=Attachment("cat", composition.concepts[1].attachment.adapter, 1.0)
     )
     alone_made = replace(composition, concepts=(alone,), prompt=alone.prompt, seed=spectra.SEED, steps=3)
-    import numpy as np
-
     pixels = torch.from_numpy(np.array(render(alone_made, methods()["merge"], methods()["merge"].options())))
     size = (composition.size[1], composition.size[0])
     assert told["scores"][1] == pytest.approx(frequency.high(frequency.picture_profile(pixels), size), abs=1e-6)

@@ -11,6 +11,7 @@ from typing import Any
 import composition_fakes as fakes
 import pytest
 import torch
+from adapter_files import low_rank
 from intarsia.app.cli import app
 from intarsia.app.settings import Home
 from intarsia.app.studio import Studio
@@ -33,9 +34,8 @@ def layout(tiny: Tiny, home: Home, tmp_path: Path) -> dict[str, Any]:
     model = fakes.tiny_model(tiny, "sdxl")
     with Studio(home) as studio:
         for index, name in enumerate(("apple", "cat")):
-            file = replace(fakes.random_adapter(model, index + 1), metadata={})
             path = tmp_path / f"{name}.safetensors"
-            write_adapter(path, file.layers, {})
+            write_adapter(path, low_rank(fakes.random_adapter(model, index + 1)), {})
             studio.import_adapter(path)
     return {
         "model": str(tiny("sdxl")), "canvas": {"width": 64, "height": 64}, "prompt": "a apple and a cat", "steps": 2,

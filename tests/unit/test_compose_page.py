@@ -17,7 +17,7 @@ from intarsia.app.jobs import Job
 from intarsia.app.processes import this_process
 from intarsia.app.settings import Home
 from intarsia.app.studio import Studio
-from intarsia.app.ui import compose_value, tab_compose
+from intarsia.app.ui import compose_form, compose_value, tab_compose
 from intarsia.app.ui.compose_export import export_html, export_json, layout_map
 from intarsia.app.ui.compose_panels import panels_html
 from intarsia.app.ui.compose_sheet import Plan, Scores, Sheet, sheet_table, without_places
@@ -70,9 +70,9 @@ def read_back(desk: Desk, request: ComposeRequest) -> ComposeRequest:
     """Show a layout in the whole tab, and read the tab again."""
     with gr.Blocks():
         tab = tab_compose.build(desk, gr.State(Seen()))
-    shown = tab_compose.fill(desk, tab, request, [])
+    shown = compose_form.fill(desk, tab, request, [])
     values: Mapping[Component, Any] = dict(zip(tab.filled, shown, strict=True))
-    return tab_compose.request_of(desk, tab, values, [use.method for use in request.methods])
+    return compose_form.request_of(desk, tab, values, [use.method for use in request.methods])
 
 
 def test_what_the_tab_shows_of_a_layout_is_what_it_reads_back(desk: Desk) -> None:
@@ -250,7 +250,7 @@ def test_a_report_that_says_little_is_shown_as_far_as_it_goes(desk: Desk) -> Non
     shown = now(desk)
     assert len(shown.sheet.shots) == 1
     assert "pending" in sheet_html(desk, shown) and panels_html(shown.sheet, 0) == ""
-    assert sheet_table(Sheet.read({}, []), Plan([], []), lambda *_: "").startswith("<div")
+    assert sheet_table(Sheet.read({}, []), Plan([], []), lambda index, shot: "").startswith("<div")
 
 
 def test_the_exported_page_holds_its_pictures_and_no_folder_of_this_computer(desk: Desk, tmp_path: Path) -> None:

@@ -145,6 +145,17 @@ def test_a_unet_is_asked_for_its_last_step_with_the_prompt(
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(sight.features, last, strict=True))
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_what_must_not_be_seen_is_not_asked_for(tiny: Tiny, family: str) -> None:
+    """At its first step the negative prompt has had no part in the latents yet."""
+    picture, probe = made(tiny, family), Probe(1, 16, None, 10.0)
+    first = look(picture, [[2], [3]], probe)
+    other = look(replace(picture, negative="dog, photo"), [[2], [3]], probe)
+    assert torch.equal(first.scores, other.scores) and torch.equal(first.features[0], other.features[0])
+    said = look(replace(picture, prompt="sks dog in red"), [[2], [3]], probe)
+    assert not torch.allclose(first.scores, said.scores, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(("family", "block"), [("flux1", None), ("sd3", 0), ("sd3", None)])
 def test_a_transformer_is_asked_at_one_block(tiny: Tiny, family: str, block: int | None) -> None:
     picture = made(tiny, family)
@@ -261,6 +272,16 @@ def test_convolutions_have_masks_and_layers_of_the_clock_a_part(tiny: Tiny) -> N
     assert image["style"] == clock["style"] == 1
 
 
+def test_a_word_of_two_concepts_is_no_word_of_another(tiny: Tiny) -> None:
+    picture = made(tiny, "sdxl")
+    text, masks = torch.zeros(2, 6, 8), torch.ones(2, 8, 8)
+    with attached(picture.model.components, picture.attachments) as hung:
+        shared = Routes(hung, Shares(picture.names, masks), [[1, 2], [2, 3]], text, unet=True)
+        gains = shared.gains("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", text)
+    allowed = torch.stack([torch.as_tensor(gains[name])[-1, :, 0] for name in picture.names])
+    assert allowed.tolist() == [[1, 1, 1, 0, 1, 1], [1, 0, 1, 1, 1, 1]]
+
+
 @pytest.mark.parametrize("family", ["sdxl", "sd3", "flux1"])
 def test_the_bias_leans_to_own_words_and_from_others_where_the_prompt_is(tiny: Tiny, family: str) -> None:
     picture = made(tiny, family)
@@ -290,7 +311,12 @@ def test_the_bias_matters_and_one_of_nothing_does_not(tiny: Tiny, family: str, m
     bare = fakes.latents(picture, "freefuse", **BARE)
     assert (fakes.latents(picture, "freefuse", background="none") - bare).abs().max() > 1e-4
     plain = Routes.leaning
-    monkeypatch.setattr(Routes, "leaning", lambda self, tokens, *_: plain(self, tokens, 0.0, 0.0))
+
+    def upright(self: Routes, tokens: int, towards: float, against: float) -> Tensor:
+        assert towards == 2.0 and against == 4.0
+        return plain(self, tokens, 0.0, 0.0)
+
+    monkeypatch.setattr(Routes, "leaning", upright)
     nothing = fakes.latents(picture, "freefuse", background="none")
     torch.testing.assert_close(nothing, bare, rtol=1e-4, atol=1e-4)
 
@@ -318,12 +344,7 @@ def test_idle_words_of_a_phrase_and_its_commas_do_not_count(tiny: Tiny, family: 
 @pytest.mark.parametrize("prompt", ["a cat", "a cat " * 400])
 def test_the_end_of_a_prompt_is_its_end_token_in_every_sequence(tiny: Tiny, family: str, prompt: str) -> None:
     model = fakes.tiny_model(tiny, family)
-    names = {
-        "sd15": ["tokenizer"],
-        "sdxl": ["tokenizer"],
-        "flux1": ["tokenizer_2"],
-        "sd3": ["tokenizer", "tokenizer_3"],
-    }
+    names = {"flux1": ["tokenizer_2"], "sd3": ["tokenizer", "tokenizer_3"]}.get(family, ["tokenizer"])
     limits = {"tokenizer": 77, "tokenizer_2": 512, "tokenizer_3": 256}
     start, wanted = 0, list[int]()
     for name in names:

@@ -171,6 +171,18 @@ def test_what_a_layer_saw_makes_its_output_by_brute_force(tiny: Tiny, name: str)
     torch.testing.assert_close(outputs[sample, token, head * width : (head + 1) * width], wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_layer_of_the_image_alone_has_the_image_s_part_of_the_bias() -> None:
+    model: Any = sd35()
+    layer = model.transformer_blocks[0].attn2
+    x = torch.randn(2, IMAGE, 32, generator=torch.Generator().manual_seed(3))
+    alone = torch.full((1, 1, TEXT + IMAGE, TEXT + IMAGE), -torch.inf)
+    alone[..., IN_TEXT, :] = 0
+    alone[..., range(TEXT, TEXT + IMAGE), range(TEXT, TEXT + IMAGE)] = 0  # an image token sees itself
+    with joined(model, lambda path: alone):
+        torch.testing.assert_close(layer(x), layer.to_out[0](layer.to_v(x)), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(layer(x), layer.to_out[0](layer.to_v(x)), atol=1e-2)
+
+
 def test_nothing_is_kept_while_it_is_off_and_only_of_chosen_layers(tiny: Tiny) -> None:
     model = denoiser(tiny, "sd3")
     first, last = joint_layers(model)

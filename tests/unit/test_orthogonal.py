@@ -70,14 +70,16 @@ def test_columns_do_not_depend_on_how_many_are_made() -> None:
         torch.testing.assert_close(columns_of(37, 5, span), whole[:, slice(*span)], atol=1e-12, rtol=0)
 
 
-def test_the_sign_is_that_of_the_gaussian_columns() -> None:
-    """With R positive on its diagonal the first column is the first draw itself, scaled."""
-    first = columns_of(16, 2, (0, 1))[:, 0]
-    assert float(first.norm()) == pytest.approx(1)
-    q, r = torch.linalg.qr(torch.randn(16, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    assert (r.diagonal() < 0).any(), "LAPACK's own signs would do, and the test shows nothing"
-    seconds = columns_of(16, 2, (0, 5))
-    torch.testing.assert_close(seconds[:, 0], first)
+def test_signs_are_ours_and_not_those_of_a_builds_qr(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, plain = columns_of(16, 2, (0, 5)), torch.linalg.qr
+    flips = torch.tensor([1.0, -1, -1, 1, -1], dtype=torch.float64)
+
+    def flipped(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        q, r = plain(matrix)
+        return q * flips, flips[:, None] * r
+
+    monkeypatch.setattr(torch.linalg, "qr", flipped)
+    torch.testing.assert_close(columns_of(16, 2, (0, 5)), before)
 
 
 def test_free_columns_fill_gaps_and_never_overlap() -> None:
@@ -233,13 +235,13 @@ def test_bases_are_told_and_believed_only_as_far_as_the_numbers_go(tiny: Tiny) -
         replace(concept, attachment=replace(concept.attachment, adapter=adapter))
         for concept, adapter in zip(plain.concepts, liar, strict=True)
     )
-    facts, notices = told(replace(plain, concepts=concepts))
+    facts, notices = told(replace(plain, concepts=concepts, memo={}))
     assert "claim disjoint bases but overlap by 0." in notices[0]
     assert facts["pairs in disjoint bases"] == 0
 
     other = replace(liar[1], metadata={KEY: Basis(2, (4, 8), "x").text()})
     strangers = replace(concepts[1], attachment=replace(concepts[1].attachment, adapter=other))
-    assert "trained in different bases" in told(replace(plain, concepts=(concepts[0], strangers)))[1][0]
+    assert "trained in different bases" in told(replace(plain, concepts=(concepts[0], strangers), memo={}))[1][0]
 
 
 def test_every_layer_is_told_if_asked_for(tiny: Tiny) -> None:

@@ -32,8 +32,8 @@ def commands(how: str) -> list[list[str]]:
 def test_every_block_of_commands_is_checked() -> None:
     unmarked = [block["body"] for block in BLOCK.finditer(TEXT) if block["language"] != "text" and not block["how"]]
     assert unmarked == []
-    assert {block["how"] for block in BLOCK.finditer(TEXT) if block["how"]} == {"run", "dry"}
-    assert len([words for words in commands("run") if not measures(words)]) == 17, "the command line at a glance"
+    assert {block["how"] for block in BLOCK.finditer(TEXT) if block["how"]} == {"run", "dry", "layout"}
+    assert len([words for words in commands("run") if not measures(words)]) == 18, "the command line at a glance"
 
 
 @pytest.mark.parametrize("words", commands("dry"), ids=lambda words: " ".join(words)[:40])
@@ -52,13 +52,15 @@ def draw(path: Path, colour: str) -> None:
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the README's person has: a picture, a folder of pictures."""
+    """A folder with what the README's person has: a picture, a folder of pictures, a layout."""
     folder = tmp_path_factory.mktemp("desk")
     draw(folder / "cat.png", "orange")
     (folder / "photos").mkdir()
     for number, colour in enumerate(("red", "blue")):
         draw(folder / "photos" / f"{number}.png", colour)
         (folder / "photos" / f"{number}.txt").write_text(f"a {colour} ball")
+    (layout,) = (block["body"] for block in BLOCK.finditer(TEXT) if block["how"] == "layout")
+    (folder / "two.yaml").write_text(layout)
     return folder
 
 
@@ -71,7 +73,7 @@ SMALL = {  # the least each bench can measure
     "judge": ["--pairs", "10"],
     "base": ["--held-in", "2", "--held-out", "2", "--scenes", "2"],
     "separation": ["--pairs", "1", "--seeds", "1", "--training-steps", "2"],
-    "composition": ["--contents", "2", "--scenes", "1", "--seeds", "1", "--train-steps", "2"],
+    "composition": ["--contents", "2", "--scenes", "1", "--seeds", "1", "--train-steps", "2", "--steps", "2"],
 }
 
 
@@ -81,12 +83,13 @@ def shortened(words: list[str], model: Path | None) -> list[str]:
         return [*words, "--help"]  # the icon sets are a download of hundreds of megabytes
     if words[1:2] == ["evaluate"]:
         return [*words, *SMALL[words[2]]]
+    words = [*words, "--steps", "2"] if words[1:2] == ["compose"] else words
     words = [str(FEW_STEPS) if before == "--steps" else word for before, word in zip(["", *words], words, strict=False)]
     if words == ["intarsia"]:
         return [*words, "--help"]  # opening the page has tests of its own
     if model:
         words = [str(model) if word == "mini" else word for word in words]
-        if words[1] in ("generate", "train") and "--model" not in words:
+        if words[1] in ("generate", "train", "compose") and "--model" not in words:
             words += ["--model", str(model)]
     return words
 
@@ -116,6 +119,8 @@ def test_command_lines_run(desk: Path, tiny: Tiny) -> None:
         if made_file and made_file.suffix == ".safetensors":
             with safe_open(made_file, "np") as file:
                 assert any("lora_down" in name for name in file.keys())  # noqa: SIM118 - it is no mapping
+        elif made_file and words[1] == "compose":
+            assert len(list(made_file.glob("*.png"))) == 4 and (made_file / "comparison.json").is_file()
         elif made_file:
             with Image.open(made_file) as picture:
                 picture.verify()

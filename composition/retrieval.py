@@ -1,0 +1,103 @@
+"""Find the adapters that a prompt asks for, by the model's own reading of their words.
+
+The idea is that of AutoLoRA (arXiv:2508.02107), whose retriever reads the adapters' weights with an encoder that is
+trained on a hundred adapters and more. A library of tens has nothing to train that on, and an untrained encoding says
+nothing of words: here the adapters' texts are read, which is ours. Rows are normalised one by one (the release divides
+by one norm of them all), so that no adapter is found for its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..pipelines.adapter_types import AdapterFile
+from ..pipelines.events import CancelToken
+from ..pipelines.models import Model
+from ..pipelines.trigger_words import text_of, trigger_words
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An adapter that may be found, and what is known of it in words."""
+
+    name: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter, and how near the nearest of its texts is to the prompt: a cosine, from -1 to 1."""
+
+    name: str
+    nearness: float
+    text: str
+
+
+def described(adapter: AdapterFile) -> Candidate:
+    """Take the words of an adapter: its trigger, its name, and what its training captions held most."""
+    name = adapter.path.stem
+    said, captions = trigger_words(adapter.metadata)
+    title = text_of(adapter.metadata, "modelspec.title") or name
+    spoken = [text.replace("_", " ").strip() for text in (adapter.trigger, said, title, *captions)]
+    return Candidate(name, tuple(dict.fromkeys(text for text in spoken if text)))
+
+
+def embedded(model: Model, texts: Sequence[str], token: CancelToken) -> Tensor:
+    """Read texts with the model's encoders: the pooled state, or where there is none the mean over the tokens.
+
+    Returns:
+        `(texts, width)`, float32, on the CPU.
+
+    Raises:
+        Cancelled: A stop was asked for.
+    """
+    rows: list[Tensor] = []
+    for text in texts:
+        token.check()
+        with torch.no_grad():
+            found = model.engine.encode(text, "", 1.0).embeddings
+        pooled = found.get("pooled_prompt_embeds")
+        rows.append((found["prompt_embeds"].mean(1) if pooled is None else pooled)[0].float().cpu())
+    return torch.stack(rows)
+
+
+def nearness(query: Tensor, rows: Tensor) -> Tensor:
+    """Cosine of a query `(width,)` with each row of `(rows, width)`; a row of zeros is near to nothing."""
+    return F.normalize(rows, dim=-1) @ F.normalize(query, dim=-1)
+
+
+def ranked(query: Tensor, rows: Tensor, owners: Sequence[Candidate], count: int) -> tuple[Found, ...]:
+    """Give the nearest adapters, best first.
+
+    Args:
+        query: `(width,)`, of the prompt.
+        rows: `(texts, width)`, of all texts of all candidates in their order.
+        owners: The candidates.
+        count: The most to give.
+    """
+    texts = [(owner.name, text) for owner in owners for text in owner.texts]
+    best: dict[str, Found] = {}
+    for (name, text), value in zip(texts, nearness(query, rows).tolist(), strict=True):
+        if name not in best or value > best[name].nearness:
+            best[name] = Found(name, value, text)
+    return tuple(sorted(best.values(), key=lambda found: -found.nearness)[:count])
+
+
+def retrieve(
+    model: Model, prompt: str, candidates: Sequence[Candidate], count: int, token: CancelToken
+) -> tuple[Found, ...]:
+    """Find the adapters whose words are nearest to a prompt; those without words are never found.
+
+    Raises:
+        Cancelled: A stop was asked for.
+    """
+    texts = [text for candidate in candidates for text in candidate.texts]
+    if not texts:
+        return ()
+    rows = embedded(model, [prompt, *texts], token)
+    return ranked(rows[0], rows[1:], candidates, count)
