@@ -68,16 +68,16 @@ class Regions:
         hung: The adapters: the concepts', and styles, which act everywhere.
         shares: Of the concepts.
         texts: What is read by the background and in the place of each concept: `(halves, places, words, width)`.
-        hidden: Words that are not read there: `(places, words)`, true where one is not.
+        leaning: Added to the scores of the words there: `(places, words)`.
         apart: 1 keeps tokens from looking at other places at all, 0 leaves them free.
         until: Part of the steps after which they are free.
     """
 
     def __init__(
-        self, hung: Branches, shares: Shares, texts: Tensor, hidden: Tensor, apart: float, until: float
+        self, hung: Branches, shares: Shares, texts: Tensor, leaning: Tensor, apart: float, until: float
     ) -> None:
         self._hung, self._shares, self._texts = hung, shares, texts
-        self._hidden = torch.zeros(hidden.shape, device=texts.device).masked_fill(hidden.to(texts.device), NEVER)
+        self._leaning = leaning.to(texts.device)
         self._apart, self._until = apart, until
         self._free = apart == 0
         self._read: dict[tuple[str, frozenset[str]], tuple[Tensor, Tensor]] = {}
@@ -124,7 +124,7 @@ class Regions:
         for text in range(count):
             here = blend[text].nonzero()[:, 0]
             if len(here):
-                bias = self._hidden[text].to(q)[None]  # the same for all queries
+                bias = self._leaning[text].to(q)[None]  # the same for all queries
                 part = F.scaled_dot_product_attention(q[:, :, here], k[:, text], v[:, text], attn_mask=bias)
                 result = result.index_add(2, here, part * blend[text, here, None])
         return result
@@ -162,12 +162,13 @@ class Apart:
     Args:
         shares: Of the concepts.
         routes: Which words belong to whom.
+        towards: Added between a place and its own words.
         apart: 1 keeps tokens from looking at other places at all, 0 leaves them free.
         until: Part of the steps after which they are free.
     """
 
-    def __init__(self, shares: Shares, routes: Routes, apart: float, until: float) -> None:
-        words = routes.joint_bias(0, -NEVER)
+    def __init__(self, shares: Shares, routes: Routes, towards: float, apart: float, until: float) -> None:
+        words = routes.joint_bias(towards, -NEVER)
         tokens = shares.masks[0].numel()
         kept = words.clone()
         kept[..., -tokens:, -tokens:] += keeping_apart(shares.masks.flatten(1), apart).to(kept)
@@ -222,30 +223,33 @@ class _Looking:
         return outcome(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=self._regions.bias(q)))
 
 
-def readings(composition: Composition, texts: Sequence[Sequence[Tensor]], whole: bool) -> tuple[Tensor, Tensor]:
-    """Put what each place reads side by side, and say which words it does not read.
+def readings(
+    composition: Composition, texts: Sequence[Sequence[Tensor]], whole: bool, towards: float
+) -> tuple[Tensor, Tensor]:
+    """Put what each place reads side by side, and say how it leans to its words.
 
     Args:
         composition: With the phrases.
         texts: For the background and each concept, one or two texts `(halves, words, width)`.
         whole: The first text of each concept is the whole prompt, in which it does not read the others' words.
+        towards: Added for a concept's own words in the whole prompt.
 
     Returns:
-        Texts `(halves, places, words, width)` and what is hidden `(places, words)`.
+        Texts `(halves, places, words, width)` and the leaning `(places, words)`, which hides words by a large number.
     """
-    words = [[part.shape[1] for part in parts] for parts in texts]
-    most = max(sum(counts) for counts in words)
     joined = [torch.cat(list(parts), 1) for parts in texts]
+    most = max(text.shape[1] for text in joined)
     padded = [F.pad(text, (0, 0, 0, most - text.shape[1])) for text in joined]
-    hidden = torch.ones(len(texts), most, dtype=torch.bool)
-    for place, text in enumerate(joined):
-        hidden[place, : text.shape[1]] = False
+    leaning = torch.full((len(texts), most), NEVER)
     spans = [span(composition, concept.phrase) for concept in composition.concepts]
-    for place in range(len(texts)):
-        others = [at for index, span in enumerate(spans) if index + 1 != place for at in span]
-        if others and (place == 0 or whole):
-            hidden[place, others] = True
-    return torch.stack(padded, 1), hidden
+    for place, text in enumerate(joined):
+        leaning[place, : text.shape[1]] = 0
+        if place and not whole:
+            continue
+        if place:
+            leaning[place, spans[place - 1]] = towards
+        leaning[place, [at for index, words in enumerate(spans) if index + 1 != place for at in words]] = NEVER
+    return torch.stack(padded, 1), leaning
 
 
 def span(composition: Composition, phrase: str) -> list[int]:

@@ -1,10 +1,11 @@
 """Region: every concept's whole adapter acts in its own place and nowhere else; one prompt and the styles over all.
 
 Ours. In one pass per step: each image token has the change of its own concept alone (cross- and self-attention,
-feed-forward, convolutions), reads the prompt as that adapter reads it but for the words of the others, and does not
-look at the tokens of others. Edges are soft: a token between two places has a part of both. On UNets what is read is
-made once per picture, and a place may read its concept's own prompt; on transformers text and image share their layers,
-so the words of a concept have its own adapter and those of others do not.
+feed-forward, convolutions), and reads the prompt as that adapter reads it, but for the words of the others. Edges are
+soft: a token between two places has a part of both. Places may be kept from looking at each other; by default they see
+each other, or each would be drawn as if the canvas were its own. On UNets what is read is made once per picture, and a
+place may read its concept's own prompt; on transformers text and image share their layers, so the words of a concept
+have its own adapter and those of others do not.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ class RegionOptions(Options):
     """Options of Region."""
 
     edge: float = option(
-        0.5, label="Soft edge", help="Blur of the places' edges.", low=0, high=8, unit="cells of the latents"
+        1.0, label="Soft edge", help="Blur of the places' edges.", low=0, high=8, unit="cells of the latents"
     )
     reads: Literal["whole", "own", "both"] = option(
         "whole", label="Reads", help="What a place reads: the whole prompt without others' words, its own, or both."
     )
+    towards: float = option(
+        0.0, label="To own words", help="Added to a place's attention to its concept's words.", low=0, high=20
+    )
     apart: float = option(
-        1.0, label="Keep apart", help="How far tokens of one place are kept from looking at another's.", low=0, high=1
+        0.0, label="Keep apart", help="How far tokens of one place are kept from looking at another's.", low=0, high=1
     )
     until: float = option(
         1.0, label="Apart until", help="Part of the steps after which all may look at all.", low=0, high=1
@@ -64,9 +68,10 @@ def _unet(composition: Composition, options: RegionOptions, hung: Branches) -> G
         said = {"whole": composition.prompt, "own": concept.prompt or composition.prompt}
         prompts.append([composition.encode(hung, said[part], names) for part in said if reads in (part, "both")])
     works = [composition.begin(parts) for parts in prompts]
-    texts, hidden = readings(composition, [[network_of(work).text for work in part] for part in works], reads != "own")
+    read = [[network_of(work).text for work in part] for part in works]
+    texts, leaning = readings(composition, read, reads != "own", options.towards)
     shares = Shares.of(composition, options.edge)
-    regions = Regions(hung, shares, texts, hidden, options.apart, options.until)
+    regions = Regions(hung, shares, texts, leaning, options.apart, options.until)
     hung.spread(regions.gains)
     denoiser = composition.model.denoiser
     with processors(denoiser, regions.processors(denoiser)):
@@ -90,7 +95,7 @@ def _transformer(composition: Composition, options: RegionOptions, hung: Branche
     words = [span(composition, concept.phrase) for concept in composition.concepts]
     routes = Routes(hung, shares, words, network_of(work).text, unet=False)
     hung.spread(routes.gains)
-    apart = Apart(shares, routes, options.apart, options.until)
+    apart = Apart(shares, routes, options.towards, options.apart, options.until)
     with joined(composition.model.denoiser, apart.bias):
         yield Drawing(work, (apart, StepRanges(hung, composition.attachments)), masks=shares.by_name)
 

@@ -15,7 +15,7 @@ from intarsia.composition.gate import KEY, ROWS, Gate, fingerprint, initial, rea
 from intarsia.composition.gate_training import GateOptions, Lesson, School, compared, generator, train_gate
 from intarsia.composition.method import methods
 from intarsia.composition.methods.autolora import AutoLoraOptions
-from intarsia.composition.retrieval import Candidate, described, embedded, nearness, ranked, retrieve
+from intarsia.composition.retrieval import Candidate, described, embedded, nearness, phrases, ranked, retrieve
 from intarsia.pipelines.adapter_file import write_tensors
 from intarsia.pipelines.adapter_types import AdapterFile
 from intarsia.pipelines.attach import attached
@@ -250,7 +250,7 @@ def test_what_cannot_be_trained_is_refused_in_words(tiny: Tiny, tmp_path: Path) 
 
 
 def test_constructed_embeddings_rank_as_they_must() -> None:
-    query = torch.tensor([1.0, 0.0, 0.0])
+    query = torch.tensor([[1.0, 0.0, 0.0]])
     rows = torch.tensor([[0.0, 1, 0], [3, 3, 0], [0.1, 0, 0], [-5, 0, 0], [0, 0, 0]])
     owners = [Candidate("far", ("x",)), Candidate("near", ("y", "z")), Candidate("against", ("v",)),
               Candidate("empty", ("w",))]  # fmt: skip
@@ -259,11 +259,14 @@ def test_constructed_embeddings_rank_as_they_must() -> None:
     assert found[0].text == "z" and found[0].nearness == pytest.approx(1)
     assert nearness(query, rows).tolist() == pytest.approx([0, 0.5**0.5, 1, -1, 0])
     assert [one.name for one in ranked(query, rows, owners, 1)] == ["near"]
+    two = torch.tensor([[0.0, 0, 1], [0, -2, 0]])
+    assert nearness(two, rows).tolist() == pytest.approx([0, 0, 0, 0, 0])
+    assert nearness(-two, rows).tolist() == pytest.approx([1, 0.5**0.5, 0, 0, 0])
 
 
 def test_the_size_of_a_row_changes_nothing() -> None:
     rng = torch.Generator().manual_seed(1)
-    query, rows = torch.randn(8, generator=rng), torch.randn(6, 8, generator=rng)
+    query, rows = torch.randn(2, 8, generator=rng), torch.randn(6, 8, generator=rng)
     owners = [Candidate(str(index), ("text",)) for index in range(6)]
     before = ranked(query, rows, owners, 6)
     for index, factor in ((0, 1000.0), (3, 1e-3), (5, 7.0)):
@@ -282,6 +285,8 @@ def test_an_adapter_is_found_by_its_own_words(tiny: Tiny, family: str) -> None:
         found = retrieve(model, prompt, candidates, 2, CancelToken())
         assert found[0].name == name and found[0].text == prompt
         assert found[0].nearness == pytest.approx(1, abs=1e-5) and len(found) == 2
+    both = retrieve(model, "sks and a blue dog, style", candidates, 2, CancelToken())
+    assert {one.name for one in both} == {"fruit", "pet"} and both[1].nearness == pytest.approx(1, abs=1e-5)
     assert retrieve(model, "a", [Candidate("mute", ())], 3, CancelToken()) == ()
     assert fakes.state(model) == before
     rows = embedded(model, ["a red apple", "sks"], CancelToken())
@@ -290,6 +295,11 @@ def test_an_adapter_is_found_by_its_own_words(tiny: Tiny, family: str) -> None:
     token.cancel()
     with pytest.raises(Cancelled):
         retrieve(model, "a", candidates, 1, token)
+
+
+def test_a_prompt_is_asked_as_a_whole_and_phrase_by_phrase() -> None:
+    assert phrases("a cat and a dog, noto style") == ("a cat and a dog, noto style", "a cat", "a dog", "noto style")
+    assert phrases("a sandy band") == ("a sandy band",)
 
 
 def test_trigger_name_title_and_captions_are_an_adapters_words() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import composition_fakes as fakes
 import pytest
 import torch
-from intarsia.composition import probing
+from intarsia.composition import probing, routing
 from intarsia.composition.attention import layers
 from intarsia.composition.composition import Composition, network_of
 from intarsia.composition.draw import prepared
@@ -177,24 +177,63 @@ def test_maps_are_coarse_unless_they_get_too_coarse() -> None:
     assert level((33, 70), 16) == (17, 35) and level((33, 70), 0) == (9, 18)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "flux1"])
-def test_planted_places_come_back_as_masks(tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = made(tiny, family, size=(128, 128))
+def plant(monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
+    """Let a probe find two concepts and the end of the prompt; gives their places and scores."""
     height, width = 8, 8
     place = torch.zeros(3, height, width)
     place[0, 1:5, 0:3], place[1, 3:7, 5:8] = 1, 1  # closing would fill a gap of one cell
-    place[2] = 1 - place.sum(0)  # of the prompt's end
+    place[2] = 1 - place.sum(0)
     flat = place.flatten(1)
+    scores = flat + torch.rand(3, height * width, generator=torch.Generator().manual_seed(0)) * 0.1
 
     def planted(composition: object, hung: object, work: object, probe: object, words: Sequence[object]) -> Sight:
         assert len(words) == 3
-        noise = torch.rand(3, height * width, generator=torch.Generator().manual_seed(0)) * 0.1
-        return Sight(flat + noise, (flat.T.contiguous(),), (height, width))
+        return Sight(scores, (flat.T.contiguous(),), (height, width))
 
     monkeypatch.setattr(probing, "probed", planted)
-    masks = masks_of(picture)
+    return place, scores
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux1"])
+def test_planted_places_come_back_as_masks(tiny: Tiny, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, scores = plant(monkeypatch)
+    plain, asked = routing.likeness, list[Tensor]()
+
+    def spy(features: Sequence[Tensor], scores: Tensor, share: float) -> Tensor:
+        asked.append(scores)
+        return plain(features, scores, share)
+
+    monkeypatch.setattr(routing, "likeness", spy)
+    masks = masks_of(made(tiny, family, size=(128, 128)))
+    assert list(masks) == ["apple", "cat"]
     for mask, wanted in zip(masks.values(), place, strict=False):
         torch.testing.assert_close(mask, wanted)
+    first, second, end = scores  # the background is no rival of the concepts, they are its
+    wanted = torch.stack([2 * first - second, 2 * second - first, 3 * end - first - second])
+    torch.testing.assert_close(asked[0], wanted)
+
+
+@pytest.mark.parametrize(
+    ("family", "path"),
+    [("sdxl", "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.2"), ("flux1", "transformer_blocks.0.attn.to_q")],
+)
+def test_each_adapter_is_hung_up_on_the_tokens_of_its_mask(
+    tiny: Tiny, family: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, _ = plant(monkeypatch)
+    picture = made(tiny, family, size=(128, 128) if family == "flux1" else (64, 64))
+    layer: Any = picture.model.denoiser.get_submodule(path)
+    cells = 4 if family == "sdxl" else 8
+    x = torch.randn(1, cells * cells, layer.in_features, generator=torch.Generator().manual_seed(0))
+    wanted = layer(x)
+    masks = Shares(picture.names, place[:2]).on((cells, cells)).flatten(1)
+    for concept, mask in zip(picture.concepts, masks, strict=True):
+        factors: Any = concept.attachment.adapter.layers[f"{picture.model.spec.denoiser}.{path}"]
+        wanted = wanted + mask[:, None] * factors.scale * (x @ factors.down.T @ factors.up.T)
+    with prepared(picture, FREEFUSE, FREEFUSE.options()):
+        found = layer(x)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert (found - layer(x)).abs().max() > 0.01
 
 
 def routes(picture: Composition, hung: Any, masks: Tensor) -> tuple[Routes, Tensor, list[list[int]]]:  # noqa: ANN401
@@ -354,6 +393,15 @@ def test_the_end_of_a_prompt_is_its_end_token_in_every_sequence(tiny: Tiny, fami
         wanted.append(start + len(read) - 1)
         start += limits[name]
     assert ends(model, prompt) == wanted
+
+
+def test_a_tokenizer_that_reads_less_cuts_the_prompt_there(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fakes.tiny_model(tiny, "sdxl")
+    assert positions(model, "a cat of a dog", "dog") == [5]
+    monkeypatch.setattr(model.components["tokenizer"], "model_max_length", 6)
+    assert positions(model, "a cat of a dog", "cat") == [2] and ends(model, "a cat of a dog") == [5]
+    with pytest.raises(InputError, match='cut off before the end of "dog"'):
+        positions(model, "a cat of a dog", "dog")
 
 
 def request(second: str = "a cat", **options: Any) -> ComposeRequest:  # noqa: ANN401

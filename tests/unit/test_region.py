@@ -56,7 +56,7 @@ def test_each_of_its_options_changes_the_picture(tiny: Tiny, family: str) -> Non
     model = fakes.tiny_model(tiny, family)
     made = fakes.composition(model, 2)
     usual = fakes.latents(made, "region")
-    for options in ({"edge": 2}, {"apart": 0}, {"until": 0.5}):
+    for options in ({"edge": 2}, {"apart": 0.5}, {"until": 0.5, "apart": 1}, {"towards": 2}):
         assert not torch.equal(fakes.latents(made, "region", **options), usual), options
     if family in UNETS:
         for reads in ("own", "both"):
@@ -67,24 +67,24 @@ def test_each_of_its_options_changes_the_picture(tiny: Tiny, family: str) -> Non
 
 
 def prepared(made: Composition, edge: float = 0.0) -> tuple[Shares, Tensor, Tensor]:
-    """Shares, texts and what is hidden, as the method makes them."""
+    """Shares, texts and how places lean to words, as the method makes them."""
     with attached(made.model.components, made.attachments) as hung:
         works = [made.begin([made.encode(hung, made.prompt, names)])
                  for names in ((), *((name,) for name in made.names))]  # fmt: skip
-    texts, hidden = readings(made, [[network_of(work).text for work in part] for part in works], True)
-    return Shares.of(made, edge), texts, hidden
+    texts, leaning = readings(made, [[network_of(work).text for work in part] for part in works], True, 1.5)
+    return Shares.of(made, edge), texts, leaning
 
 
 @pytest.mark.parametrize("family", UNETS)
 def test_every_token_reads_the_prompt_of_its_place_by_brute_force(tiny: Tiny, family: str) -> None:
     model = fakes.tiny_model(tiny, family)
     made = fakes.composition(model, 3)
-    shares, texts, hidden = prepared(made, edge=1.0)
+    shares, texts, leaning = prepared(made, edge=1.0)
     path, attn = next((p, m) for p, m in layers(model.denoiser).items() if p.endswith("attn2"))
     tokens = 16
     x = torch.randn(2, tokens, attn.to_q.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), attached(model.components, made.attachments) as hung:
-        regions = Regions(hung, shares, texts, hidden, 1.0, 1.0)
+        regions = Regions(hung, shares, texts, leaning, 1.0, 1.0)
         hung.spread(regions.gains)
         got = regions.read(attn, path, queries(attn, x))
     masks = shares.tokens(tokens)
@@ -102,14 +102,16 @@ def test_every_token_reads_the_prompt_of_its_place_by_brute_force(tiny: Tiny, fa
             for half in range(2):
                 for token in range(tokens):
                     scores = (q[half, :, token, None] * k[half]).sum(-1) / q.shape[-1] ** 0.5  # (heads, words)
-                    scores[:, hidden[place]] = -torch.inf
+                    scores = (scores + leaning[place]).masked_fill(leaning[place] == NEVER, -torch.inf)
                     expected[half, :, token] += share[token] * (scores.softmax(-1)[..., None] * v[half]).sum(1)
     assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_the_words_of_others_are_hidden_and_ones_own_are_not(tiny: Tiny) -> None:
     made = fakes.composition(fakes.tiny_model(tiny, "sdxl"), 2)
-    _, _, hidden = prepared(made)
+    _, _, leaning = prepared(made)
+    hidden = leaning == NEVER
+    assert (leaning[1] == 1.5).sum() == (hidden[2] & ~hidden[1]).sum() > 0, "own words, which the other does not read"
     apple, cat = (set(torch.nonzero(hidden[place])[:, 0].tolist()) for place in (2, 1))
     assert apple and cat and not apple & cat
     assert set(torch.nonzero(hidden[0])[:, 0].tolist()) == apple | cat, "the background reads of no concept"
@@ -149,7 +151,7 @@ def test_keeping_apart_is_the_logarithm_of_what_is_left() -> None:
 def test_an_adapter_touches_the_tokens_of_its_place_alone(tiny: Tiny, family: str) -> None:
     model = fakes.tiny_model(tiny, family)
     made = fakes.composition(model, 2)
-    shares, texts, hidden = prepared(made)
+    shares, texts, leaning = prepared(made)
     name = next(p for p in layers(model.denoiser) if p.endswith("attn1"))
     layer = model.denoiser.get_submodule(f"{name}.to_q")
     x = torch.randn(2, 16, layer.in_features, generator=torch.Generator().manual_seed(2))
@@ -160,7 +162,7 @@ def test_an_adapter_touches_the_tokens_of_its_place_alone(tiny: Tiny, family: st
             with attached(model.components, [attachment]):
                 alone.append(layer(x))
         with attached(model.components, made.attachments) as hung:
-            hung.spread(Regions(hung, shares, texts, hidden, 1.0, 1.0).gains)
+            hung.spread(Regions(hung, shares, texts, leaning, 1.0, 1.0).gains)
             got = layer(x)
     left, right = shares.tokens(16)
     assert torch.allclose(got[:, left == 1], alone[0][:, left == 1], atol=1e-5)
