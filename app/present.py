@@ -46,6 +46,8 @@ STAGES = {
     "sample": "Making a sample picture",
     "save": "Saving",
     "base": "Drawing the base model's picture",
+    "judge": "Looking",
+    "score": "Drawing",
     "effect": "Drawing with and without the adapter",
 }
 STATES = {

@@ -49,7 +49,7 @@ def _tinted(shot: Shot, name: str, path: str, concepts: Sequence[str]) -> str:
 
 
 def spectrum_html(spectrum: Spectrum) -> str:
-    """The energy of each adapter's change by spatial frequency, and who therefore acts first."""
+    """The amplitudes of each adapter's own picture by spatial frequency, and who therefore acts first."""
     edges = spectrum.edges
     middles = [(low + high) / 2 for low, high in pairwise(edges)]
     profiles = [list(profile) for profile in spectrum.profiles]
@@ -60,13 +60,13 @@ def spectrum_html(spectrum: Spectrum) -> str:
         for index, (name, profile) in enumerate(zip(spectrum.names, profiles, strict=False))
     ]
     chart = plots.lines(
-        "Spectrum", "energy of the adapter's change", "spatial frequency", middles, series, right=edges[-1]
+        "Spectrum", "log amplitude of its own picture, largest 1", "spatial frequency", middles, series, right=edges[-1]
     )
     scores = ""
     if spectrum.scores:
         rows = [plots.Bar(str(name), score) for name, score in zip(spectrum.names, spectrum.scores, strict=False)]
-        cut = "" if spectrum.cut is None else f", counted above {spectrum.cut:g}"
-        scores = plots.bars("High frequencies", f"share of the energy{cut}", rows)
+        cut = "" if spectrum.cut is None else f" above {spectrum.cut:g}"
+        scores = plots.bars("High frequencies", f"mean log amplitude{cut}", rows)
     return f'<div class="panel-card">{chart}</div>' + (f'<div class="panel-card">{scores}</div>' if scores else "")
 
 

@@ -30,7 +30,7 @@ TORCH_FREE = (
     *("errors", "events", "options", "requests", "plugins", "hooks", "adapter_types", "families", "sources"),
     *("headers", "adapter_file", "dialects", "identify", "picture"),
 )
-WORKER_ONLY = {"app/runner.py", "app/worker.py"}
+WORKER_ONLY = {"app/runner.py", "app/worker.py", "app/compose_work.py"}
 MAX_LINES = 400
 NOT_OURS = {"build", "dist", "runs", "node_modules", "__pycache__"}
 
@@ -179,7 +179,12 @@ def test_only_the_command_line_prints() -> None:
 
 def page_side_modules() -> list[str]:
     names = [f"pipelines/{name}.py" for name in TORCH_FREE] + ["training/recipe.py"]
-    names += [path for path in sources() if path.startswith(("app/", "training/recipes/")) and path not in WORKER_ONLY]
+    names += ["composition/layout.py", "composition/method.py"]
+    names += [
+        path
+        for path in sources()
+        if path.startswith(("app/", "training/recipes/", "composition/methods/")) and path not in WORKER_ONLY
+    ]
     return [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in names]
 
 
