@@ -34,6 +34,9 @@ def add_adapters(app: typer.Typer) -> None:
     app.add_typer(group, name="adapters")
     group.command("import", help="Check adapter files and copy them into the library.")(_import)
     _add_list(group)
+    group.command("suggest", help="Find the adapters a prompt asks for, by the model's reading of their words.")(
+        _suggest
+    )
     group.command("inspect", help="Say what an adapter file holds.")(_inspect)
     group.command("convert", help="Write an adapter file in another trainer's spelling.")(_convert)
     _add_edit(group)
@@ -49,6 +52,19 @@ def add_adapters(app: typer.Typer) -> None:
     folders.command("remove", help="Leave a folder out of the library; its files stay.")(_folder_remove)
     folders.command("refused", help="List the files in folders that cannot be used, and why.")(_folder_refused)
     add_tools(group)
+
+
+def _suggest(
+    prompt: Annotated[str, typer.Argument(help="What the picture shows.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Whose text encoders read it.")] = "mini",
+    count: Annotated[int, typer.Option(help="The most to name.", min=1)] = 5,
+    machine: Machine = False,
+) -> None:
+    with guarded(Console(machine)), Studio() as studio:
+        found = studio.suggest(prompt, model, count)
+        rows = [(one.name, f"{one.nearness:.2f}", one.text) for one in found]
+        text = table(rows, ("name", "nearness", "by")) if rows else "No adapter of this model's family has words."
+        write(machine, [record(one) for one in found], text)
 
 
 def _import(

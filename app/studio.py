@@ -24,6 +24,7 @@ from .settings import Home
 
 if TYPE_CHECKING:
     from ..composition.method import CompositionMethod
+    from ..composition.retrieval import Found
     from ..pipelines.block_groups import BlockGroup
     from ..pipelines.convert import Converted
     from ..pipelines.identify import Report
@@ -282,6 +283,16 @@ class Studio:
         from ..pipelines.block_groups import groups_of_file
 
         return groups_of_file(self.shelf.find(name).path)
+
+    def suggest(self, prompt: str, model: str = "mini", count: int = 5) -> tuple[Found, ...]:
+        """Rank the adapters of the library by how near their words are to a prompt's.
+
+        Raises:
+            IntarsiaError: The model cannot be loaded, or the prompt is empty.
+        """
+        from .suggest import suggest
+
+        return suggest(self.shelf, prompt, model, count)
 
     def models(self) -> list[ModelInfo]:
         """List the models that are at hand: Mini, those in the home's `models` folder, those used before."""

@@ -88,6 +88,7 @@ def compose(request: ComposeRequest, composition: Composition, out: Path, folder
             options = method.options.parse(use.options)
             with metered(model) as meter, prepared(one, method, options) as drawing:
                 watch = Watch(model, drawing.work, one.size, folder, number, total, f"{use.method}, seed {seed}")
+                yield from (Notice(text=text) for text in drawing.notices)
                 facts: dict[str, list[float]] = {}
                 latents = drawing.work.latents
                 for moment in moments(one, drawing):

@@ -214,9 +214,9 @@ def _notes(place: Place, weight: float) -> Iterable[str]:
         "boxes exchanged, present but not placed."
     )
     yield (
-        f"Every adapter has weight {weight:g}, every method its usual options; methods without boxes are told the places "
-        "only by the words of the prompt. A method that composes no more than two concepts is missing where there are "
-        "more."
+        f"Every adapter has weight {weight:g}, every method its usual options; methods without boxes are told the "
+        "places only by the words of the prompt. A method that composes no more than two concepts is missing where "
+        "there are more."
     )
 
 

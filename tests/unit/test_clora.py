@@ -96,6 +96,7 @@ def test_masks_are_the_union_of_words_and_the_plain_branch_has_what_is_left() ->
         [[1.0, 0.0], [1.0, 0.0]],
         [[1.0, 0.0], [0.0, 0.0]],
     ]
+    assert territories([first, second], 0.3, "dilate").tolist() == [[[0.0] * 2] * 2, [[1.0] * 2] * 2, [[1.0] * 2] * 2]
 
 
 def test_masks_grow_and_shrink_by_a_cell_and_the_edge_shrinks_none() -> None:

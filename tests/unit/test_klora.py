@@ -165,12 +165,15 @@ def test_weights_do_not_change_the_choice_but_factors_of_blocks_do(tiny: Tiny) -
     made = pair_of(tiny, "sdxl")
     content, style = (concept.attachment for concept in made.concepts)
 
-    def taken(weight: float, blocks: dict[str, float]) -> frozenset[str]:
+    def found(weight: float, blocks: dict[str, float]) -> Magnitudes:
         heavy = replace(content, weight=weight, blocks=blocks)
-        return contents(magnitudes(made.model.components, heavy, style, CancelToken()), 1.0)
+        return magnitudes(made.model.components, heavy, style, CancelToken())
 
-    assert taken(1.0, {}) == taken(3.0, {})
-    assert taken(1.0, {}) != taken(1.0, {"unet.mid_block": 0.1})
+    plain, light = found(1.0, {}), found(1.0, {"unet.mid_block": -0.1})
+    assert contents(found(3.0, {}), 1.0) == contents(plain, 1.0) != contents(light, 1.0)
+    for path, top in plain.content.items():
+        assert light.content[path] == pytest.approx(top * (0.1 if path.startswith("unet.mid_block") else 1))
+    assert light.ratio < plain.ratio
 
 
 def test_facts_tell_the_share_of_layers_that_take_the_content(tiny: Tiny) -> None:

@@ -344,7 +344,9 @@ def test_checkpointing_changes_nothing(tiny: Tiny) -> None:
 
 def test_adapters_keep_their_part_of_the_steps(tiny: Tiny) -> None:
     made = fakes.composition(fakes.tiny_model(tiny, "sdxl"), 1)
-    blind = replace(made.concepts[0].attachment, adapter=fakes.random_adapter(made.model, 1, text=False))
+    adapter = fakes.random_adapter(made.model, 1, text=False)
+    read = {path: layer for path, layer in adapter.layers.items() if path.endswith(("attn2.to_k", "attn2.to_v"))}
+    blind = replace(made.concepts[0].attachment, adapter=replace(adapter, layers=read))  # keys and values are kept
 
     def drawn(**changes: Any) -> Tensor:  # noqa: ANN401
         concept = replace(made.concepts[0], attachment=replace(blind, **changes))

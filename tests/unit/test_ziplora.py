@@ -105,9 +105,11 @@ def _dense_loss(
 def test_a_sight_holds_what_the_sampler_gave_at_that_step(tiny: Tiny) -> None:
     made = made_of(tiny)
     seen: list[Tensor] = []
+    clocks: list[float] = []
 
     def watch(module: nn.Module, args: object, inputs: dict[str, Any]) -> None:
         seen.append(inputs["sample"])
+        clocks.append(float(inputs["timestep"]))
 
     handle = made.model.denoiser.register_forward_pre_hook(watch, with_kwargs=True)
     try:
@@ -118,6 +120,7 @@ def test_a_sight_holds_what_the_sampler_gave_at_that_step(tiny: Tiny) -> None:
     for index, sight in enumerate(found):  # after each sight comes the loop's own guided pass of the same step
         assert torch.equal(seen[2 * index], sight.inputs["sample"])
         assert torch.equal(seen[2 * index + 1], sight.inputs["sample"].repeat(2, 1, 1, 1))
+        assert clocks[2 * index + 1] == float(sight.inputs["timestep"])
     with attached(made.model.components, [made.concepts[0].attachment]), torch.no_grad():
         again = made.model.denoiser(**found[1].inputs)[0]
     torch.testing.assert_close(again, found[1].answer)
