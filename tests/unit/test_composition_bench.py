@@ -211,7 +211,8 @@ def lessons() -> Generator[list[tuple[str, list[str]]]]:
         yield taught
 
 
-OPTIONS = CompositionOptions(quick=True, scenes=2, seeds=2, steps=2, train_steps=3, contents=4)
+COMPARED = ("truth", "swapped", "base", "merge", "klora", "region")  # one that composes two only, one with places
+OPTIONS = CompositionOptions(quick=True, scenes=2, seeds=2, steps=2, train_steps=3, contents=4, arms=",".join(COMPARED))
 
 
 @pytest.fixture(scope="module")
@@ -228,12 +229,15 @@ def test_the_bench_is_found_by_its_name() -> None:
 
 def test_controls_come_out_as_they_must_and_costs_are_counted(done: Place, model: Model) -> None:
     rows = done.records.rows("picture")
-    assert len(rows) == 3 * 2 * 2 * len(ARMS)  # numbers of contents, scenes, seeds
+    assert len(rows) == 3 * 2 * 2 * (len(COMPARED) - 1) + 2 * 2  # numbers of contents, scenes, seeds; K-LoRA's two
+    assert {row["count"] for row in rows if row["arm"] == "klora"} == {2}
     for row in rows:
         count = row["count"]
         if ARMS[row["arm"]].control:
             assert all(row["present"]) and row["duplicates"] == [0] * count and not any(row["false_alarm"])
             assert row["placed"] == [row["arm"] == "truth"] * count
+            shown = range(count) if row["arm"] == "truth" else [(i - 1) % count for i in range(count)]
+            assert row["chosen"] == list(shown), "the judge says of every box what lies in it"
             assert row["passes"] == 0
         else:
             assert row["passes"] == 2 * OPTIONS.steps and row["memory"] > 10**7 and row["seconds"] > 0
@@ -248,7 +252,12 @@ def test_controls_come_out_as_they_must_and_costs_are_counted(done: Place, model
 
 def test_contents_are_taught_from_their_real_pictures_in_every_style(done: Place, lessons: list[Any]) -> None:
     assert [name for name, _ in lessons] == list(plan(OPTIONS, done).contents) and len(lessons) == 4
-    assert lessons[0][1] == [f"a red, {style} style" for style in sorted(icon.style for icon in SETS[:9])]
+    captions = lessons[0][1]
+    assert captions[::3] == [f"a red, {style} style" for style in sorted(icon.style for icon in SETS[:9])]
+    strangers = [name for name in PALETTE if name not in plan(OPTIONS, done).contents]
+    for caption in (*captions[1::3], *captions[2::3]):
+        assert "a red" in caption and sum(f" {name}" in caption for name in strangers) == 1
+        assert " left of " in caption or " above " in caption
     assert {row["content"] for row in done.records.rows("alone")} == {name for name, _ in lessons}
 
 
@@ -322,7 +331,7 @@ def test_merge_at_weight_zero_is_the_prompt_alone_and_at_one_it_is_the_sum(done:
 
 def test_unknown_arms_and_styles_are_refused_with_the_known_ones(tmp_path: Path, judge: Judge) -> None:
     place = place_in(tmp_path / "out", cast(Model, None), judge, OPTIONS)
-    with pytest.raises(InputError, match=r"no arm magic.*truth, swapped, base, merge"):
+    with pytest.raises(InputError, match=r"no arm magic.*truth, swapped, base, .*merge"):
         plan(CompositionOptions(arms="base, magic"), place)
     with pytest.raises(InputError, match=r"style oil that the judge knows.*fluent-3d, noto"):
         plan(CompositionOptions(styles="oil"), place)
