@@ -26,7 +26,9 @@ from intarsia.composition.draw import moments, prepared
 from intarsia.composition.layout import ComposeRequest, ConceptUse
 from intarsia.composition.method import CompositionMethod, fitting, methods
 from intarsia.pipelines.adapter_types import AdapterFile, LowRank
-from intarsia.pipelines.attach import Attachment
+from intarsia.pipelines.attach import Attachment, attached
+from intarsia.pipelines.batch import together
+from intarsia.pipelines.denoise import denoise
 from intarsia.pipelines.errors import InputError
 from intarsia.pipelines.models import Model, load
 from intarsia.pipelines.sources import resolve
@@ -128,11 +130,24 @@ def drawing(composition: Composition, method: CompositionMethod[Any]) -> Callabl
     return draw
 
 
+def batch(composition: Composition) -> Callable[[], None]:
+    """As many pictures with one adapter in one batch, which is what Composite's predictions cost at least."""
+    one = replace(composition, concepts=composition.concepts[:1])
+
+    def draw() -> None:
+        with attached(one.model.components, one.attachments) as hung:
+            prompt = one.encode(hung, one.prompt, hung.names)
+            works = one.begin([prompt] * len(composition.concepts))
+            generators = [torch.Generator().manual_seed(index) for index in range(len(works))]
+            for _ in denoise(replace(together(works), generator=generators), one.token):
+                pass
+
+    return draw
+
+
 def measured(draw: Callable[[], None]) -> dict[str, float]:
     """Seconds, and floating-point operations counted in a run of their own."""
-    began = time.perf_counter()
-    draw()
-    seconds = time.perf_counter() - began
+    seconds = _seconds(draw)
     with FlopCounterMode(display=False) as counter:
         draw()
     return {"seconds": seconds, "operations": float(counter.get_total_flops())}
@@ -185,11 +200,28 @@ def main() -> None:
                         *(measured(drawing(composition, merge))["seconds"] for _ in "ab"),
                     )
                 found["machine"] = machine() | {"device": _device(given.device), "threads": torch.get_num_threads()}
-                part = path.with_suffix(".part")
-                part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-                part.replace(path)
+                _write(path, found)
+        if "beside" not in found:
+            four = scene(model, 4, given.size, given.steps)
+            turns = [
+                [_seconds(draw) for draw in (drawing(four, methods()["composite"]), batch(four))] for _ in range(3)
+            ]
+            found["beside"] = {"composite 4": min(t[0] for t in turns), "batch of 4": min(t[1] for t in turns)}
+            _write(path, found)
     for key, value in ratios(found).items():
         print(key, *(f"{what} {number:.2f}" for what, number in value.items()))
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    part.replace(path)
+
+
+def _seconds(draw: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    draw()
+    return time.perf_counter() - began
 
 
 def _device(name: str) -> str:

@@ -118,6 +118,12 @@ def composition() -> str:
             f"torch {machine['versions']['torch']}. `python -m benchmarks.composition`; methods with gradients: "
             f"`python -m {GRADIENTS}`."
         )
+        if "beside" in content:
+            ours, least = content["beside"]["composite 4"], content["beside"]["batch of 4"]
+            parts.append(
+                f"Composite over four concepts costs {ours / least:.2f} x of one batch of four plain pictures with one "
+                "adapter, taken in turns."
+            )
     return "\n\n".join(parts) or "Not measured yet: `python -m benchmarks.composition`."
 
 
