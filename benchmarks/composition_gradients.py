@@ -73,7 +73,7 @@ class Kept:
     def pack(self, tensor: Tensor) -> Saved:
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
-        saved = Saved(tensor)
+        saved = Saved(tensor.detach())  # its own graph would hold it for ever
         if place not in self.weights:
             self.held[place] = self.held.get(place, 0) + 1
             size = storage.nbytes()
@@ -101,6 +101,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder))
         found = {arm: _apart(arm, folder) for arm in ARMS}
+    save("composition_gradients", _rows(found), {"arms": found, "steps": STEPS, "pixels": SIDE, "channels": CHANNELS})
+
+
+def _rows(found: dict[str, dict[str, Any]]) -> list[Row]:
     rows: list[Row] = []
     for title, ours, official in PAIRS:
         one, other = found[ours], found[official]
@@ -110,7 +114,7 @@ def main() -> None:
             Row(f"{title}: peak memory above the model's", one["memory"], "MB", 0.5, plain=other["memory"], of="ratio"),
             Row(f"{title}: kept for gradients", one["kept"], "MB", 0.5, plain=other["kept"], of="ratio"),
         ]  # fmt: skip
-    save("composition_gradients", rows, {"arms": found, "steps": STEPS, "pixels": SIDE, "channels": CHANNELS})
+    return rows
 
 
 def _apart(arm: str, folder: str) -> dict[str, Any]:
@@ -130,18 +134,23 @@ def _measured(arm: str, folder: Path) -> dict[str, Any]:
         latents = _drawn(arm, made)
         seconds = time.process_time() - begun
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    kept = Kept(frozenset(weight.untyped_storage().data_ptr() for weight in model.denoiser.parameters()))
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.tensor):
-        _drawn(arm, _composition(model, steps=2))
     return {
         "seconds": seconds,
         "memory": memory / 2**20,
-        "kept": kept.most / 2**20,
+        "kept": _kept(arm, model),
         "passes_begun": passes["conv_in"],
         "passes_ended": passes["conv_out"],
         "latents_mean": float(latents.mean()),
         "latents_deviation": float(latents.std()),
     }
+
+
+def _kept(arm: str, model: Model) -> float:
+    """Megabytes that graphs hold at most, over two steps."""
+    kept = Kept(frozenset(weight.untyped_storage().data_ptr() for weight in model.denoiser.parameters()))
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.tensor):
+        _drawn(arm, _composition(model, steps=2))
+    return kept.most / 2**20
 
 
 def _drawn(arm: str, made: Composition) -> Tensor:

@@ -93,6 +93,7 @@ def clora(composition: Composition, options: CloraOptions) -> Tensor:
 
         def all_branches(leaf: Tensor, timestep: Tensor) -> list[Branch]:
             found: list[Branch] = []
+            maps.clear()
             for number in range(len(rows)):
                 without, within = fan.halves(leaf, timestep, [number])
                 assert without is not None
@@ -107,17 +108,31 @@ def clora(composition: Composition, options: CloraOptions) -> Tensor:
             for number in range(count):
                 loss = loss_of(torch.cat([map_ for _, _, map_ in found]), places, options.temperature)
                 (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
-                leaf = leaf.detach() - size * unit(work.scheduler, timestep) ** 2 * gradient
-                leaf = leaf.requires_grad_(True)
+                del loss
+                leaf = (leaf - size * unit(work.scheduler, timestep) ** 2 * gradient).detach().requires_grad_(True)
                 if number < count - 1 or options.order == "recomputed":
+                    found.clear()  # the graphs of one set of branches at a time
                     found = all_branches(leaf, timestep)
-            cut = [found[number][2][0, :, at[number]].T.unflatten(1, grid) for number, at in enumerate(places, start=1)]
-            masks = territories(cut, options.threshold, options.change)
-            if index / len(work.timesteps) < options.masks_from:
-                masks = torch.ones_like(masks)
-            halves = [fused(torch.cat([branch[half] for branch in found]), masks) for half in (0, 1)]
-            latents = _stepped(composition, work, fan.guide(halves[0], halves[1]).detach(), timestep, leaf.detach())
+            prediction = network_of(work).guide(*_together(found, places, grid, options, index / len(work.timesteps)))
+            found.clear()
+            latents = _stepped(composition, work, prediction, timestep, leaf.detach())
     return latents
+
+
+def _together(
+    found: Sequence[Branch],
+    places: Sequence[Sequence[Sequence[int]]],
+    grid: tuple[int, int],
+    options: CloraOptions,
+    done: float,
+) -> tuple[Tensor, Tensor]:
+    """Put the branches of a step together: without the prompts and with them."""
+    cut = [found[number][2][0, :, at[number]].T.unflatten(1, grid) for number, at in enumerate(places, start=1)]
+    masks = territories(cut, options.threshold, options.change)
+    if done < options.masks_from:
+        masks = torch.ones_like(masks)
+    without, within = (fused(torch.cat([branch[half] for branch in found]), masks).detach() for half in (0, 1))
+    return without, within
 
 
 def _stepped(composition: Composition, work: Work, prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:

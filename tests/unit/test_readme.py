@@ -73,7 +73,20 @@ SMALL = {  # the least each bench can measure
     "judge": ["--pairs", "10"],
     "base": ["--held-in", "2", "--held-out", "2", "--scenes", "2"],
     "separation": ["--pairs", "1", "--seeds", "1", "--training-steps", "2"],
-    "composition": ["--contents", "2", "--scenes", "1", "--seeds", "1", "--train-steps", "2", "--steps", "2"],
+    "composition": [
+        "--contents",
+        "2",
+        "--scenes",
+        "1",
+        "--seeds",
+        "1",
+        "--train-steps",
+        "2",
+        "--steps",
+        "2",
+        "--arms",
+        "truth,merge,region",
+    ],
 }
 
 
