@@ -14,7 +14,9 @@ from intarsia.composition.layout import ComposeRequest, ConceptUse, MethodUse
 from intarsia.composition.method import CompositionMethod, check_request, methods
 from intarsia.pipelines.errors import Cancelled, InputError
 from intarsia.pipelines.events import CancelToken
+from intarsia.pipelines.hooks import Step
 from intarsia.pipelines.options import Options, describe
+from torch import Tensor
 
 Tiny = Callable[..., Path]
 METHODS = methods()
@@ -102,6 +104,54 @@ def _second_time(step: Callable[..., object]) -> Callable[..., object]:
         return step(*args, **kwargs)
 
     return stepping
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("checks", [1, 3])
+def test_a_stop_at_any_check_also_inside_a_step_leaves_the_model_as_it_was(tiny: Tiny, name: str, checks: int) -> None:
+    model = fakes.tiny_model(tiny, METHODS[name].families[0])
+    asked = iter(range(1_000_000))
+    made = fakes.composition(model, counted(METHODS[name]), token=CancelToken(lambda: next(asked) >= checks))
+    before = fakes.state(model)
+    with pytest.raises(Cancelled):
+        fakes.latents(made, name, **fakes.QUICK.get(name, {}))
+    assert fakes.state(model) == before
+
+
+class Bomb:
+    """A step hook that goes off the second time it is called."""
+
+    def __init__(self, where: str) -> None:
+        self._where, self._calls = where, 0
+
+    def before(self, step: Step) -> Tensor:
+        return self._tick("before", step)
+
+    def after(self, step: Step) -> Tensor:
+        return self._tick("after", step)
+
+    def _tick(self, where: str, step: Step) -> Tensor:
+        self._calls += where == self._where
+        if self._calls > 1:
+            raise BrokenError
+        return step.latents
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_exception_beside_each_of_its_hooks_leaves_the_model_as_it_was(
+    tiny: Tiny, name: str, where: str, first: bool
+) -> None:
+    model = fakes.tiny_model(tiny, METHODS[name].families[0])
+    made = fakes.composition(model, counted(METHODS[name]))
+    before = fakes.state(model)
+    bomb = Bomb(where)
+    with pytest.raises(BrokenError), prepared(made, METHODS[name], quick(name)) as drawing:
+        hooks = (bomb, *drawing.hooks) if first else (*drawing.hooks, bomb)
+        for _ in moments(made, replace(drawing, hooks=hooks)):
+            pass
+    assert fakes.state(model) == before
 
 
 @pytest.mark.parametrize("name", METHODS)
