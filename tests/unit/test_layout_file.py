@@ -70,7 +70,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("negative seed", {"concepts": [CAT], "seeds": [-1]}, "0 to"),
     ("key", {"concepts": [CAT], "colour": "red"}, "no setting called colour"),
     ("both", {"method": "merge", "methods": []}, "both method and methods"),
-    ("none", {"concepts": [CAT], "methods": []}, "name a method"),
+    ("none", {"concepts": [CAT], "methods": []}, "Name a method"),
     ("size", {"concepts": [CAT], "canvas": {"width": 100}}, "multiple of 8"),
     ("newer", {"concepts": [CAT], "version": 2}, "most is 1"),
     ("weight", {"concepts": [CAT | {"weight": "heavy"}]}, "must be a number"),
