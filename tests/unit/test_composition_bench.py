@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,7 @@ import pytest
 import torch
 from adapter_files import low_rank
 from bench_fakes import LAYER, PALETTE, FakeJudge, FakePictures, adapter, colours, disc
+from intarsia.app.cli import app
 from intarsia.app.evaluation import instruments, presence, training
 from intarsia.app.evaluation.bench import Place, benches
 from intarsia.app.evaluation.benches.composition import Composition, CompositionOptions, plan
@@ -18,6 +20,7 @@ from intarsia.app.evaluation.layouts import ARRANGEMENTS, Scene, choose, draw_sc
 from intarsia.app.evaluation.presence import Finder, calibrate, measure
 from intarsia.app.evaluation.records import Records
 from intarsia.app.settings import Home
+from intarsia.composition.method import methods
 from intarsia.pipelines.errors import Cancelled, InputError
 from intarsia.pipelines.events import CancelToken
 from intarsia.pipelines.judge import Judge
@@ -26,6 +29,7 @@ from intarsia.pipelines.sources import resolve
 from intarsia.training.corpus import SETS
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 Tiny = Any
 
@@ -346,3 +350,33 @@ def test_quick_and_full_runs_ask_for_all_numbers_of_contents(tmp_path: Path, jud
     assert {s.style for s in quick.scenes} == {"noto", "fluent-3d"}
     taught = set(full.contents)
     assert not any(taught & set(s.contents) for s in full.rehearsals), "the threshold is set on other contents"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_quick_bench_on_mini_measures_every_method(tmp_path: Path, home: Home) -> None:
+    out = tmp_path / "out"
+    asked = [
+        "evaluate",
+        "composition",
+        "--quick",
+        "--scenes",
+        "1",
+        "--seeds",
+        "1",
+        "--train-steps",
+        "20",
+        "--guidance",
+        "3",
+    ]
+    result = CliRunner().invoke(app, [*asked, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    summary = json.loads((out / "summary.json").read_text("utf-8"))
+    for count in (2, 3, 4):
+        (table,) = (one for one in summary["tables"] if one["title"] == f"{count} contents")
+        measured = {row[0]: dict(zip(table["columns"], row, strict=True)) for row in table["rows"]}
+        expected = {method.title for method in methods().values() if method.least <= count <= method.most}
+        assert expected <= measured.keys()
+        assert measured["Real pictures, laid out"]["told apart"].startswith("1.00")
+        assert measured["Real pictures, boxes exchanged"]["told apart"].startswith("0.00")
+    assert (out / "report.html").is_file()
