@@ -100,11 +100,14 @@ class Maps:
         return torch.stack(list(found.values())).mean(0)
 
 
-class Recording:
-    """A UNet's attention, plain in what it gives; keeps the map of its layer in `maps` while these are on."""
+class Attending:
+    """A processor that works by a function of the layer, the image tokens and the text (None in self-attention).
 
-    def __init__(self, maps: Maps, path: str) -> None:
-        self._maps, self._path = maps, path
+    diffusers looks for arguments of these names.
+    """
+
+    def __init__(self, work: Callable[[Any, Tensor, Tensor | None], Tensor]) -> None:
+        self._work = work
 
     def __call__(
         self,
@@ -114,12 +117,23 @@ class Recording:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        q = queries(attn, hidden_states)
-        k, v = keys_values(attn, hidden_states if encoder_hidden_states is None else encoder_hidden_states)
+        return self._work(attn, hidden_states, encoder_hidden_states)
+
+
+class Recording(Attending):
+    """A UNet's attention, plain in what it gives; keeps the map of its layer in `maps` while these are on."""
+
+    def __init__(self, maps: Maps, path: str) -> None:
+        super().__init__(self._attend)
+        self._maps, self._path = maps, path
+
+    def _attend(self, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:  # noqa: ANN401
+        q = queries(attn, hidden)
+        k, v = keys_values(attn, hidden if text is None else text)
         if not self._maps.on or q.shape[2] != self._maps.tokens:
             return outcome(attn, F.scaled_dot_product_attention(q, k, v))
         shares = probabilities(q, k)
-        kept = self._maps.own if encoder_hidden_states is None else self._maps.cross
+        kept = self._maps.own if text is None else self._maps.cross
         kept[self._path] = shares.mean(1)
         return outcome(attn, shares.to(v) @ v)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ..pipelines.attach import Branches
 from ..pipelines.site import Gain
-from .attention import Processor, is_cross, keys_values, layers, outcome, probabilities, queries
+from .attention import Attending, Processor, is_cross, keys_values, layers, outcome, probabilities, queries
 from .composition import Concept
 from .gradients import Glance
 from .masks import grid_of, places
@@ -76,7 +76,36 @@ class Estate:
 
     def processors(self, denoiser: nn.Module) -> dict[str, Processor]:
         """What the attention layers work by, by path."""
-        return {path: (_Reading if is_cross(path) else _Looking)(self, path) for path in layers(denoiser)}
+        return {
+            path: Attending((self._reading if is_cross(path) else self._looking)(path)) for path in layers(denoiser)
+        }
+
+    def _reading(self, path: str) -> Callable[[Any, Tensor, Tensor | None], Tensor]:
+        """Cross-attention by place."""
+
+        def read(attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:  # noqa: ANN401
+            assert text is not None
+            q = queries(attn, hidden)
+            whole = outcome(attn, F.scaled_dot_product_attention(q, *keys_values(attn, text)))
+            self.note(attn, path, q)
+            self.glance.check()
+            return self.replaced(attn, path, q, whole)
+
+        return read
+
+    def _looking(self, path: str) -> Callable[[Any, Tensor, Tensor | None], Tensor]:
+        """Self-attention in which places do not see each other."""
+
+        def look(attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:  # noqa: ANN401
+            q, (k, v) = queries(attn, hidden), keys_values(attn, hidden)
+            bias = self.bias(q)
+            if not self.glance.on or q.shape[2] != self.glance.tokens:
+                return outcome(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+            shares = probabilities(q, k, bias)
+            self.glance.own[path] = shares.mean(1)
+            return outcome(attn, shares.to(v) @ v)
+
+        return look
 
     def cells(self, tokens: int) -> Tensor:
         """Which cells of a layer each place covers by half or more, one at least: `(concepts, tokens)`."""
@@ -169,47 +198,3 @@ class Estate:
             parts = (cells / cells.sum(0).clamp(min=1))[..., None]  # (concepts, tokens, 1)
             acting |= {plot.concept.name: part for plot, part in zip(self.plots, parts, strict=True)}
         return acting
-
-
-class _Reading:
-    """Cross-attention by place."""
-
-    def __init__(self, estate: Estate, path: str) -> None:
-        self._estate, self._path = estate, path
-
-    def __call__(
-        self,
-        attn: Any,  # noqa: ANN401
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q = queries(attn, hidden_states)
-        whole = outcome(attn, F.scaled_dot_product_attention(q, *keys_values(attn, encoder_hidden_states)))
-        self._estate.note(attn, self._path, q)
-        self._estate.glance.check()
-        return self._estate.replaced(attn, self._path, q, whole)
-
-
-class _Looking:
-    """Self-attention in which places do not see each other."""
-
-    def __init__(self, estate: Estate, path: str) -> None:
-        self._estate, self._path = estate, path
-
-    def __call__(
-        self,
-        attn: Any,  # noqa: ANN401
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q, (k, v) = queries(attn, hidden_states), keys_values(attn, hidden_states)
-        bias, glance = self._estate.bias(q), self._estate.glance
-        if not glance.on or q.shape[2] != glance.tokens:
-            return outcome(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
-        shares = probabilities(q, k, bias)
-        glance.own[self._path] = shares.mean(1)
-        return outcome(attn, shares.to(v) @ v)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..pipelines.attach import Branches
 from ..pipelines.site import Gain
-from .attention import Processor, is_cross, keys_values, layers, outcome, queries
+from .attention import Attending, Processor, is_cross, keys_values, layers, outcome, queries
 from .regions import Shares
 
 TEXT = re.compile(r"\.(add_[qkv]_proj|to_add_out|ff_context\..*|context_embedder)$")
@@ -89,28 +89,12 @@ class Routes:
         """For the cross-attention layers of a UNet."""
         known: dict[int, Tensor] = {}
 
-        def bias(tokens: int) -> Tensor:
+        def read(attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:  # noqa: ANN401
+            assert text is not None
+            q, (k, v) = queries(attn, hidden), keys_values(attn, text)
+            tokens = q.shape[2]
             if tokens not in known:
                 known[tokens] = self.leaning(tokens, towards, against)
-            return known[tokens]
+            return outcome(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=known[tokens].to(q)))
 
-        return {path: _Leaning(bias) for path in layers(denoiser) if is_cross(path)}
-
-
-class _Leaning:
-    """Cross-attention with a bias of its own."""
-
-    def __init__(self, bias: Callable[[int], Tensor]) -> None:
-        self._bias = bias
-
-    def __call__(
-        self,
-        attn: Any,  # noqa: ANN401
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q = queries(attn, hidden_states)
-        k, v = keys_values(attn, encoder_hidden_states)
-        return outcome(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias(q.shape[2]).to(q)))
+        return {path: Attending(read) for path in layers(denoiser) if is_cross(path)}

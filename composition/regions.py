@@ -5,7 +5,7 @@ Masks are `(concepts, cells)` on the grid of a layer; what they leave over is th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..pipelines.attach import Branches
 from ..pipelines.hooks import Step
 from ..pipelines.site import Gain
-from .attention import Processor, is_cross, keys_values, layers, outcome, queries
+from .attention import Attending, Processor, is_cross, keys_values, layers, outcome, queries
 from .composition import Composition
 from .masks import grid_of, places, resized, seen, soften
 from .tokens import positions
@@ -68,7 +68,7 @@ class Regions:
         hung: The adapters: the concepts', and styles, which act everywhere.
         shares: Of the concepts.
         texts: What is read by the background and in the place of each concept: `(halves, places, words, width)`.
-        leaning: Added to the scores of the words there: `(places, words)`.
+        leaning: Added to the scores of the words there: `(places, halves, words)`.
         apart: 1 keeps tokens from looking at other places at all, 0 leaves them free.
         until: Part of the steps after which they are free.
     """
@@ -107,7 +107,16 @@ class Regions:
 
     def processors(self, denoiser: nn.Module) -> dict[str, Processor]:
         """One for each attention layer."""
-        return {path: _Reading(self, path) if is_cross(path) else _Looking(self) for path in layers(denoiser)}
+        return {path: Attending(self._reading(path) if is_cross(path) else self._look) for path in layers(denoiser)}
+
+    def _reading(self, path: str) -> Callable[[Any, Tensor, Tensor | None], Tensor]:
+        """Cross-attention: each token reads its own prompt."""
+        return lambda attn, hidden, text: outcome(attn, self.read(attn, path, queries(attn, hidden)))
+
+    def _look(self, attn: Any, hidden: Tensor, text: Tensor | None) -> Tensor:  # noqa: ANN401
+        """Self-attention: tokens of one place do not look at those of another."""
+        q, (k, v) = queries(attn, hidden), keys_values(attn, hidden)
+        return outcome(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(q)))
 
     def read(self, attn: Any, path: str, q: Tensor) -> Tensor:  # noqa: ANN401
         """Let every token read the prompt of its place: `(halves, heads, tokens, width)`."""
@@ -124,7 +133,7 @@ class Regions:
         for text in range(count):
             here = blend[text].nonzero()[:, 0]
             if len(here):
-                bias = self._leaning[text].to(q)[None]  # the same for all queries
+                bias = self._leaning[text, -halves:, None, None].to(q)  # the same for all heads and queries
                 part = F.scaled_dot_product_attention(q[:, :, here], k[:, text], v[:, text], attn_mask=bias)
                 result = result.index_add(2, here, part * blend[text, here, None])
         return result
@@ -187,42 +196,6 @@ class Apart:
         return self._now
 
 
-class _Reading:
-    """Cross-attention: each token reads its own prompt."""
-
-    def __init__(self, regions: Regions, path: str) -> None:
-        self._regions, self._path = regions, path
-
-    def __call__(
-        self,
-        attn: Any,  # noqa: ANN401
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        return outcome(attn, self._regions.read(attn, self._path, queries(attn, hidden_states)))
-
-
-class _Looking:
-    """Self-attention: tokens of one place do not look at those of another."""
-
-    def __init__(self, regions: Regions) -> None:
-        self._regions = regions
-
-    def __call__(
-        self,
-        attn: Any,  # noqa: ANN401
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        q = queries(attn, hidden_states)
-        k, v = keys_values(attn, hidden_states)
-        return outcome(attn, F.scaled_dot_product_attention(q, k, v, attn_mask=self._regions.bias(q)))
-
-
 def readings(
     composition: Composition, texts: Sequence[Sequence[Tensor]], whole: bool, towards: float
 ) -> tuple[Tensor, Tensor]:
@@ -235,20 +208,21 @@ def readings(
         towards: Added for a concept's own words in the whole prompt.
 
     Returns:
-        Texts `(halves, places, words, width)` and the leaning `(places, words)`, which hides words by a large number.
+        Texts `(halves, places, words, width)` and the leaning `(places, halves, words)`, which hides words by a large
+        number; the half without the prompt has no words to lean to or to hide.
     """
     joined = [torch.cat(list(parts), 1) for parts in texts]
     most = max(text.shape[1] for text in joined)
     padded = [F.pad(text, (0, 0, 0, most - text.shape[1])) for text in joined]
-    leaning = torch.full((len(texts), most), NEVER)
+    leaning = torch.full((len(texts), len(joined[0]), most), NEVER)
     spans = [span(composition, concept.phrase) for concept in composition.concepts]
     for place, text in enumerate(joined):
-        leaning[place, : text.shape[1]] = 0
+        leaning[place, :, : text.shape[1]] = 0
         if place and not whole:
             continue
         if place:
-            leaning[place, spans[place - 1]] = towards
-        leaning[place, [at for index, words in enumerate(spans) if index + 1 != place for at in words]] = NEVER
+            leaning[place, -1, spans[place - 1]] = towards
+        leaning[place, -1, [at for index, words in enumerate(spans) if index + 1 != place for at in words]] = NEVER
     return torch.stack(padded, 1), leaning
 
 

@@ -102,7 +102,8 @@ def test_every_token_reads_the_prompt_of_its_place_by_brute_force(tiny: Tiny, fa
             for half in range(2):
                 for token in range(tokens):
                     scores = (q[half, :, token, None] * k[half]).sum(-1) / q.shape[-1] ** 0.5  # (heads, words)
-                    scores = (scores + leaning[place]).masked_fill(leaning[place] == NEVER, -torch.inf)
+                    lean = leaning[place, half]
+                    scores = (scores + lean).masked_fill(lean == NEVER, -torch.inf)
                     expected[half, :, token] += share[token] * (scores.softmax(-1)[..., None] * v[half]).sum(1)
     assert torch.allclose(got, expected, atol=1e-5)
 
@@ -110,6 +111,8 @@ def test_every_token_reads_the_prompt_of_its_place_by_brute_force(tiny: Tiny, fa
 def test_the_words_of_others_are_hidden_and_ones_own_are_not(tiny: Tiny) -> None:
     made = fakes.composition(fakes.tiny_model(tiny, "sdxl"), 2)
     _, _, leaning = prepared(made)
+    assert not leaning[:, 0].any(), "nothing leans without the prompt"
+    leaning = leaning[:, 1]
     hidden = leaning == NEVER
     assert (leaning[1] == 1.5).sum() == (hidden[2] & ~hidden[1]).sum() > 0, "own words, which the other does not read"
     apple, cat = (set(torch.nonzero(hidden[place])[:, 0].tolist()) for place in (2, 1))
