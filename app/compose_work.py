@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..composition.composition import Composition, Concept
-from ..composition.layout import ComposeRequest, ConceptUse
-from ..pipelines.adapter_file import read_adapter
-from ..pipelines.attach import Attachment
-from ..pipelines.errors import AdapterError, InputError
+from ..composition.layout import ComposeRequest
+from ..pipelines.errors import InputError
 from ..pipelines.image import picture_size
 from ..pipelines.picture import open_picture
-from ..pipelines.sources import unet_shapes
+from .hang import read
 
 if TYPE_CHECKING:
     from ..pipelines.events import CancelToken
@@ -36,34 +35,20 @@ def resolved(
         IntarsiaError: An adapter is of another family or cannot be read, a mask does not fit, the size cannot be.
     """
     size = picture_size(request, model)
-    shapes = unet_shapes(model.source)
-
-    def attachment(use: ConceptUse) -> tuple[str, Attachment]:
-        adapter = read_adapter(shelf.find(use.adapter).path, shapes)
-        if adapter.family != model.family:
-            raise AdapterError(
-                f"{use.called} is an adapter for {adapter.family}, and {model.source.name} is {model.family}.",
-                "Choose an adapter of the model's family, or another model.",
-            )
-        return adapter.sha256, Attachment(use.called, adapter, use.weight, use.blocks, (use.first, use.last))
-
+    uses, attachments = read(request.concepts, model, shelf)
     concepts: list[Concept] = []
-    uses: list[ConceptUse] = []
-    for use in request.concepts:
-        digest, hung = attachment(use)
-        uses.append(use.model_copy(update={"sha256": digest}))
+    for use, hung in zip(uses, attachments, strict=True):
         mask = open_mask(Path(use.mask), size, use.called) if use.mask else None
-        concepts.append(Concept(hung, use.prompt.strip(), use.phrase, use.box, mask, use.order))
-    named = [attachment(use) for use in request.styles_named()]
-    styles = tuple(
-        use.model_copy(update={"sha256": digest}) for use, (digest, _) in zip(request.styles, named, strict=True)
-    )
+        named = replace(hung, name=use.called)
+        concepts.append(Concept(named, use.prompt.strip(), use.phrase, use.box, mask, use.order))
+    styles, over = read(request.styles, model, shelf)
+    called = tuple(replace(hung, name=use.called) for use, hung in zip(request.styles_named(), over, strict=True))
     made = Composition(
-        model, tuple(concepts), tuple(hung for _, hung in named), request.said, request.negative,
+        model, tuple(concepts), called, request.said, request.negative,
         steps=request.steps, guidance=request.guidance, size=size, scheduler=request.scheduler,
         together=request.together, token=token,
     )  # fmt: skip
-    return request.model_copy(update={"concepts": tuple(uses), "styles": styles}), made
+    return request.model_copy(update={"concepts": uses, "styles": styles}), made
 
 
 def open_mask(path: Path, size: tuple[int, int], name: str) -> Tensor:

@@ -91,22 +91,11 @@ class Runner:
         self._store.set_request(job.id, request)
         yield from generate(request, model, attachments, self._store.home.outputs, job.folder, token)
 
-    def _attachments(self, request: GenerateRequest, model: Model) -> tuple[GenerateRequest, list[Attachment]]:
-        if not request.adapters:
-            return request, []
-        from ..pipelines.adapter_file import read_adapter
-        from ..pipelines.attach import Attachment
-        from ..pipelines.sources import unet_shapes
+    def _attachments(self, request: GenerateRequest, model: Model) -> tuple[GenerateRequest, tuple[Attachment, ...]]:
+        from .hang import read
 
-        shapes = unet_shapes(model.source)
-        attachments: list[Attachment] = []
-        uses = list(request.adapters)
-        for index, use in enumerate(uses):
-            entry = self._shelf.find(use.adapter)
-            adapter = read_adapter(entry.path, shapes)
-            uses[index] = use.model_copy(update={"sha256": adapter.sha256})
-            attachments.append(Attachment(entry.name, adapter, use.weight, use.blocks, (use.first, use.last)))
-        return request.model_copy(update={"adapters": tuple(uses)}), attachments
+        uses, attachments = read(request.adapters, model, self._shelf)
+        return request.model_copy(update={"adapters": uses}), attachments
 
     def _train(self, job: Job, request: TrainRequest, token: CancelToken) -> Iterator[Event]:
         from ..training.run import train

@@ -208,6 +208,7 @@ def main() -> None:
             ]
             found["beside"] = {"composite 4": min(t[0] for t in turns), "batch of 4": min(t[1] for t in turns)}
             _write(path, found)
+    path.with_suffix(".svg").write_text(curves(ratios(found)), "utf-8")
     for key, value in ratios(found).items():
         print(key, *(f"{what} {number:.2f}" for what, number in value.items()))
 

@@ -96,7 +96,7 @@ def ways() -> str:
 
 def composition() -> str:
     """Show what each way to compose costs for N concepts, as multiples of one picture with one adapter."""
-    from .composition import COUNTS, GRADIENTS, curves, ratios
+    from .composition import COUNTS, GRADIENTS, ratios
 
     parts: list[str] = []
     for path in sorted((RESULTS / "composition").glob("composition_*.json")):
@@ -104,7 +104,6 @@ def composition() -> str:
         found, machine, settings = ratios(content), content["machine"], content["settings"]
         names = list(dict.fromkeys(key.split()[0] for key in found))
         chart = path.with_suffix(".svg")
-        chart.write_text(curves(found), "utf-8")
         parts.append(f"![Seconds by number of concepts]({chart.relative_to(ROOT).as_posix()})")
         lines = ["| method | " + " | ".join(f"N = {count}" for count in COUNTS) + " |", "| --- " * 5 + "|"]
         for name in names:

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..pipelines.adapter_types import AdapterFile
 from ..pipelines.events import CancelToken
 from ..pipelines.models import Model
-from ..pipelines.trigger_words import text_of, trigger_words
 
 BREAKS = re.compile(r"[,;]|\band\b", re.IGNORECASE)
 
@@ -40,15 +38,6 @@ class Found:
     name: str
     nearness: float
     text: str
-
-
-def described(adapter: AdapterFile) -> Candidate:
-    """Take the words of an adapter: its trigger, its name, and what its training captions held most."""
-    name = adapter.path.stem
-    said, captions = trigger_words(adapter.metadata)
-    title = text_of(adapter.metadata, "modelspec.title") or name
-    spoken = [text.replace("_", " ").strip() for text in (adapter.trigger, said, title, *captions)]
-    return Candidate(name, tuple(dict.fromkeys(text for text in spoken if text)))
 
 
 def phrases(prompt: str) -> tuple[str, ...]:

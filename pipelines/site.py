@@ -210,7 +210,10 @@ class Site:
         return found
 
     def _rest(self, layer: Layer, output: Tensor, x: Tensor) -> Tensor:
-        """What a branch adds besides low-rank factors, at strength 1."""
+        """What a branch adds besides low-rank factors, at strength 1.
+
+        A change is made anew in each pass: kept, each adapter would take as much memory as the model.
+        """
         if isinstance(layer, LowRank):
             assert layer.bias is not None
             return self._shifted(torch.zeros_like(output), layer.scale * layer.bias.to(output))

@@ -15,9 +15,8 @@ from intarsia.composition.gate import KEY, ROWS, Gate, fingerprint, initial, rea
 from intarsia.composition.gate_training import GateOptions, Lesson, School, compared, generator, train_gate
 from intarsia.composition.method import methods
 from intarsia.composition.methods.autolora import AutoLoraOptions
-from intarsia.composition.retrieval import Candidate, described, embedded, nearness, phrases, ranked, retrieve
+from intarsia.composition.retrieval import Candidate, embedded, nearness, phrases, ranked, retrieve
 from intarsia.pipelines.adapter_file import write_tensors
-from intarsia.pipelines.adapter_types import AdapterFile
 from intarsia.pipelines.attach import attached
 from intarsia.pipelines.errors import AdapterError, Cancelled, InputError
 from intarsia.pipelines.events import Artifact, CancelToken, Metric, Progress
@@ -300,14 +299,3 @@ def test_an_adapter_is_found_by_its_own_words(tiny: Tiny, family: str) -> None:
 def test_a_prompt_is_asked_as_a_whole_and_phrase_by_phrase() -> None:
     assert phrases("a cat and a dog, noto style") == ("a cat and a dog, noto style", "a cat", "a dog", "noto style")
     assert phrases("a sandy band") == ("a sandy band",)
-
-
-def test_trigger_name_title_and_captions_are_an_adapters_words() -> None:
-    metadata = {
-        "modelspec.title": "My Cat",
-        "ss_tag_frequency": '{"10_cat": {"a cat on a mat": 4, "photo": 2}}',
-    }
-    adapter = AdapterFile(Path("my_cat.safetensors"), "sdxl", "concept", "sks cat", {}, "", metadata)
-    assert described(adapter) == Candidate("my_cat", ("sks cat", "a cat on a mat", "My Cat", "photo"))
-    bare = replace(adapter, trigger="", metadata={})
-    assert described(bare) == Candidate("my_cat", ("my cat",))
